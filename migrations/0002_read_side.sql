@@ -1,0 +1,99 @@
+-- Expand. The read side: read tables, their checkpoints, and what is parked. No foreign keys here.
+
+CREATE TABLE order_view (
+    order_id           uuid PRIMARY KEY,
+    number             bigint NOT NULL,
+    customer_id        uuid NOT NULL,
+    customer           jsonb NOT NULL,                       -- {customer_id, name, email}
+    currency           text NOT NULL,
+    status             text NOT NULL,
+    payment_status     text NOT NULL,
+    fulfillment_status text NOT NULL,
+    return_status      text NOT NULL,
+    allowed_actions    text[] NOT NULL,
+    total_cents        bigint NOT NULL,
+    external_reference text,
+    lines              jsonb NOT NULL,                       -- [{line_no, sku, name, quantity, ...}]
+    version            integer NOT NULL,
+    placed_at          timestamptz NOT NULL,
+    updated_at         timestamptz NOT NULL
+) WITH (fillfactor = 90);
+
+CREATE TABLE order_list (
+    order_id           uuid PRIMARY KEY,
+    number             bigint NOT NULL,
+    customer_id        uuid NOT NULL,
+    customer_name      text NOT NULL,
+    customer_email     text NOT NULL,
+    currency           text NOT NULL,
+    status             text NOT NULL,
+    payment_status     text NOT NULL,
+    fulfillment_status text NOT NULL,
+    return_status      text NOT NULL,
+    total_cents        bigint NOT NULL,
+    line_count         integer NOT NULL,
+    skus               text[] NOT NULL,                      -- sorted, each once
+    external_reference text,
+    version            integer NOT NULL,
+    placed_at          timestamptz NOT NULL,
+    updated_at         timestamptz NOT NULL
+) WITH (fillfactor = 90);
+CREATE INDEX order_list_newest ON order_list (placed_at, order_id);
+CREATE INDEX order_list_largest ON order_list (total_cents, order_id);
+CREATE INDEX order_list_customer ON order_list (customer_id, placed_at, order_id);
+CREATE INDEX order_list_status ON order_list (status, payment_status, fulfillment_status, placed_at, order_id);
+CREATE INDEX order_list_sku ON order_list USING gin (skus);
+
+CREATE TABLE stock_availability (
+    sku        text NOT NULL,
+    location   text NOT NULL,
+    on_hand    integer NOT NULL,
+    allocated  integer NOT NULL,
+    reserved   integer NOT NULL,
+    available  integer NOT NULL,                             -- what an order may still take
+    version    integer NOT NULL,
+    updated_at timestamptz NOT NULL,
+    PRIMARY KEY (sku, location)
+) WITH (fillfactor = 50);
+
+-- One row per read model and lane. `snapshot` is what the read table contains, exactly. While a
+-- large batch is paged, `target` and `last_id` say how far; `published` is what readers were told of.
+CREATE TABLE projection_checkpoints (
+    read_model text NOT NULL,
+    lane       smallint NOT NULL CHECK (lane BETWEEN 0 AND 15),
+    version    integer NOT NULL,                             -- of the read model's code
+    snapshot   pg_snapshot NOT NULL,
+    target     pg_snapshot,
+    last_id    bigint NOT NULL DEFAULT 0,
+    published  pg_snapshot NOT NULL,
+    system_id  bigint NOT NULL,                              -- pg_control_system(): refuses a restored copy
+    moved_at   timestamptz NOT NULL,                         -- time of `snapshot`
+    PRIMARY KEY (read_model, lane),
+    CHECK ((target IS NULL) = (last_id = 0))
+) WITH (fillfactor = 20);
+
+-- An aggregate with an event that cannot be applied waits here, and its later events with it.
+CREATE TABLE projection_parked (
+    read_model   text NOT NULL,
+    aggregate    text NOT NULL,
+    aggregate_id text NOT NULL,
+    lane         smallint NOT NULL,
+    event_id     bigint NOT NULL,                            -- the event that could not be applied
+    error        text NOT NULL,
+    attempts     integer NOT NULL,
+    parked_at    timestamptz NOT NULL,
+    PRIMARY KEY (read_model, aggregate_id)
+);
+CREATE TABLE projection_parked_events (
+    read_model   text NOT NULL,
+    aggregate_id text NOT NULL,
+    event_id     bigint NOT NULL,
+    PRIMARY KEY (read_model, aggregate_id, event_id)
+);
+
+-- Started and finished attempts: a batch that kills its process is found by attempts that only start.
+CREATE TABLE projection_attempts (
+    lane       smallint PRIMARY KEY,
+    started    integer NOT NULL DEFAULT 0,
+    finished   integer NOT NULL DEFAULT 0
+);
