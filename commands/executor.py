@@ -383,6 +383,7 @@ class _Line:
     async def open(self) -> Connection:
         if self._connection is None:
             self._connection = await self._postgres.acquire(timeout=PATIENCE_S)
+            await self._connection.execute(PLAN_FOR_KEYS)
         return self._connection
 
     async def close(self) -> None:
@@ -394,6 +395,16 @@ class _Line:
             with suppress(Exception):
                 await self._postgres.release(connection)
 
+
+# Every statement of a command looks rows up by their keys. Left to itself the planner plans those
+# with array parameters anew each time (0.1 ms each, as much as running them), and while a table is
+# young and its statistics old it scans it.
+PLAN_FOR_KEYS: Final = """
+SET plan_cache_mode = force_generic_plan;
+SET enable_seqscan = off;
+SET enable_hashjoin = off;
+SET enable_mergejoin = off
+"""
 
 # $1 owners, $2 keys, $3 bigint[] hashes of both; distinct, up to BATCH_MAX. Takes one advisory
 # lock per key until the transaction ends, without waiting. Rows: one per key, in order; `mine` says

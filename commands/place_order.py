@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Annotated, Final
 from uuid import UUID
 
-from asyncpg import Record
 from msgspec import Meta, Struct
 from uuid_utils.compat import uuid7
 
@@ -56,6 +55,14 @@ class PlaceOrder(Command, frozen=True):
     external_reference: Text | None = None  # the client's own name for it, unique
 
 
+class Numbered(Struct, frozen=True):
+    """A row of NUMBER_ORDERS: the order's number, and its customer, unless that is unknown."""
+
+    number: int
+    name: str | None
+    email: str | None
+
+
 class Product(Struct, frozen=True):
     """A product as priced now."""
 
@@ -80,11 +87,11 @@ async def place_orders(
     Refuses with unknown-customer, unknown-product, currency-mismatch, total-mismatch,
     insufficient-stock, duplicate-external-reference.
     """
-    buyers = await connection.fetch(NUMBER_ORDERS, [each.command.customer_id for each in batch])
+    rows = await connection.fetch(NUMBER_ORDERS, [each.command.customer_id for each in batch])
     shop = await load_shop(connection, batch)
     outcomes: list[Outcome] = [
-        place_order(submission, buyer, shop, now)
-        for submission, buyer in zip(batch, buyers, strict=True)
+        place_order(submission, Numbered(*row), shop, now)
+        for submission, row in zip(batch, rows, strict=True)
     ]
     placed = [
         (event, Cause(submission.principal.owner, submission.traceparent))
@@ -101,15 +108,12 @@ async def place_orders(
 
 
 def place_order(
-    submission: Submission[PlaceOrder], buyer: Record, shop: Shop, now: datetime
+    submission: Submission[PlaceOrder], buyer: Numbered, shop: Shop, now: datetime
 ) -> OrderPlaced | Refusal:
-    """Decide one order on the shelves as the orders before it left them. No I/O, no clock.
-
-    `buyer` is a row of NUMBER_ORDERS.
-    """
+    """Decide one order on the shelves as the orders before it left them. No I/O, no clock."""
     command = submission.command
     acts_for = submission.principal.customer_id
-    if buyer["email"] is None or acts_for not in (None, command.customer_id):
+    if buyer.name is None or buyer.email is None or acts_for not in (None, command.customer_id):
         return unknown_customer(command.customer_id)
     if command.external_reference in shop.taken_references:
         return duplicate("external_reference", str(command.external_reference))
@@ -146,8 +150,8 @@ def place_order(
         return_status="none",
         allowed_actions=order_rules.allowed_actions("placed"),
         total_cents=total_cents,
-        number=buyer["number"],
-        customer=Buyer(command.customer_id, buyer["name"], buyer["email"]),
+        number=buyer.number,
+        customer=Buyer(command.customer_id, buyer.name, buyer.email),
         currency=command.currency,
         external_reference=command.external_reference,
         lines=lines,
