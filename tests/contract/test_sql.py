@@ -1,0 +1,72 @@
+"""Every SQL constant of the service is prepared against the migrated schema."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+
+import asyncpg
+import pytest
+
+import app
+import commands
+import projections
+import queries
+import workers
+
+ROOMS = (app, commands, projections, queries, workers)
+VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH", "VALUES")
+
+
+def modules() -> Iterator[ModuleType]:
+    for room in ROOMS:
+        for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+            if not found.name.endswith("__main__"):
+                yield importlib.import_module(found.name)
+
+
+def statements() -> Iterator[tuple[str, str]]:
+    for module in modules():
+        for name, value in vars(module).items():
+            if name.isupper() and isinstance(value, str) and value.lstrip().startswith(VERBS):
+                yield f"{module.__name__}.{name}", value
+
+
+STATEMENTS = sorted(set(statements()))
+
+
+def test_the_statements_are_found() -> None:
+    names = {name for name, _ in STATEMENTS}
+    assert {
+        "commands.place_order.WRITE_ORDERS",
+        "commands.executor.CLAIM_KEYS",
+    } <= names
+
+
+async def test_every_statement_fits_the_schema(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        for prepare in PREPARATIONS:
+            await connection.execute(prepare)
+        wrong: list[str] = []
+        for name, statement in STATEMENTS:
+            try:
+                await connection.prepare(statement)
+            except asyncpg.PostgresError as error:
+                wrong.append(f"{name}: {error}")
+        assert wrong == []
+    finally:
+        await connection.close()
+
+
+# Temporary tables that statements of the projection engine refer to.
+PREPARATIONS: tuple[str, ...] = ()
+
+
+async def test_a_wrong_column_is_noticed(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        with pytest.raises(asyncpg.UndefinedColumnError):
+            await connection.prepare("SELECT no_such_column FROM orders")
+    finally:
+        await connection.close()
