@@ -21,6 +21,7 @@ REQUEST_TIMEOUTS = {
 TRANSACTION_TIMEOUT = "10s"
 # PostgreSQL has transaction_timeout from 17 on; an older server refuses the unknown name.
 TRANSACTION_TIMEOUT_SINCE = (17, 0)
+SET_TRANSACTION_TIMEOUT = "SELECT set_config('transaction_timeout', $1, false)"
 
 WORKER_TIMEOUTS = {
     "statement_timeout": "30s",
@@ -135,7 +136,7 @@ async def open_redis(url: str) -> AsyncGenerator["redis.asyncio.Redis"]:
 
 async def _limit_transactions(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     if connection.get_server_version()[:2] >= TRANSACTION_TIMEOUT_SINCE:
-        await connection.execute(f"SET transaction_timeout = '{TRANSACTION_TIMEOUT}'")
+        await connection.execute(SET_TRANSACTION_TIMEOUT, TRANSACTION_TIMEOUT)
 
 
 async def _keep_session(_connection: "asyncpg.Connection[asyncpg.Record]") -> None:

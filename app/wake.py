@@ -28,7 +28,11 @@ class Waker:
 
     async def run(self) -> None:
         """Publish until cancelled."""
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        # redis-py sends with asyncio.wait_for, which in Python 3.11 now and then swallows the
+        # cancellation (CPython gh-86296); the task remembers it.
+        while not task.cancelling():
             await self._committed.wait()
             self._committed.clear()
             try:

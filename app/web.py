@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, NoReturn, cast
@@ -64,6 +64,8 @@ COMMAND_CONNECTIONS: Final = len(HANDLERS) + ASKERS  # each executor keeps one
 QUERY_CONNECTIONS: Final = 8
 ASK_TIMEOUT_S: Final = 1.0  # for a key or a lease, which a request waits for
 
+STOP_AGAIN_S: Final = 0.2
+STOPS_MAX: Final = 20
 DRAIN_S: Final = 1.0  # so that a proxy that asks twice a second sends nothing more
 
 log = structlog.stdlib.get_logger("waybill.web")
@@ -134,7 +136,8 @@ class Web:
                 )
             )
             redis = await stack.enter_async_context(open_redis(redis_url))
-            read_side = await stack.enter_async_context(ReadSide(queries, redis))
+            read_side = await ReadSide(queries, redis).__aenter__()
+            stack.push_async_callback(_leave, read_side)
             timeline = Timeline(commands)
             waker = Waker(redis)
             executors = {
@@ -264,7 +267,7 @@ async def _running(
     """Run these until the end; one that ends before is a bug, and the liveness report says so."""
 
     def report(name: str, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
+        if not task.cancelling():
             log.error("task ended", task=name, exc_info=task.exception())
 
     tasks: dict[str, asyncio.Task[None]] = {}
@@ -277,6 +280,16 @@ async def _running(
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+async def _leave(read_side: ReadSide) -> None:
+    """Stop the read side; for the reason in app/wake.py its listener may have to be asked again."""
+    for _ in range(STOPS_MAX):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_AGAIN_S):
+                await read_side.__aexit__(None, None, None)
+                return
+    log.error("the read side did not stop")
 
 
 async def _not_running(_scope: Scope, _receive: Receive, _send: Send) -> None:

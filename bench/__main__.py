@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from bench.environment import read_environment
 from bench.pgbench import PgbenchError
 from bench.report import render_environment
 from bench.slo import SloError, load_slo
-from bench.stack import ROOT, Stack, StackError, given_stack, own_stack
+from bench.stack import ROOT, Stack, StackError, end_with_us, given_stack, own_stack
 from bench.verdict import Kind
 from bench.wire import WireError
 
@@ -36,6 +37,7 @@ FAULTS: Final = (StackError, SloError, PgbenchError, WireError, psycopg.Error, O
 def main(arguments: list[str]) -> int:
     """Return the exit code: the verdict's, and ERROR for all that never came to one."""
     asked = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what we started ends
     try:
         return measure_limits(asked) if asked.what == "limits" else measure(asked)
     except FAULTS as fault:
@@ -109,6 +111,7 @@ def measure(asked: argparse.Namespace) -> int:
             cwd=ROOT,
             env={**os.environ, "WAYBILL_API_KEY": stack.api_key},
             stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_us,  # noqa: PLW1509  (no threads here)
         )
         before = kept_results()
         try:
@@ -130,7 +133,7 @@ def measure_limits(asked: argparse.Namespace) -> int:
     began = time.monotonic()
     with waybill(asked) as (stack, preloaded):
         assert preloaded is not None
-        measured = limits.Limiter(stack, preloaded, asked.rounds, say).measure()
+        measured = limits.Limiter(stack, preloaded, asked.rounds, say, show).measure()
         environment = read_environment(stack.postgres_url, stack.file)
     path = results_dir() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-limits.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode([measured, environment]), indent=1))
@@ -148,7 +151,7 @@ def waybill(asked: argparse.Namespace) -> Generator[tuple[Stack, Preloaded | Non
         return
     say("starting a Waybill of our own")
     with own_stack(results_dir(), os.environ) as stack:
-        preloaded = load(stack.postgres_url, asked.orders, say)
+        preloaded = load(stack.postgres_url, asked.orders, say, show)
         rebuild_read_models(stack, say)
         tidy(stack.postgres_url)
         yield stack, preloaded
@@ -167,6 +170,12 @@ def kept_results() -> set[Path]:
 
 def say(text: str) -> None:
     print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Show progress, each line over the one before; nothing where there is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\rbench: {text}\033[K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgspec
 import psycopg
@@ -63,13 +63,23 @@ class Cost(Struct, frozen=True):
 
 
 class Meter:
-    """Reads the CPU time of process trees; remembers processes that have ended in between."""
+    """Reads the CPU time of process trees; remembers processes that have ended in between.
+
+    Asks PostgreSQL, on a connection of its own, which of its processes serves whom.
+    """
 
     def __init__(self, roots: Mapping[str, Sequence[int]], postgres_url: str | None) -> None:
         self._roots = roots
         self._postgres_url = postgres_url
         self._postgres: psycopg.Connection[Any] | None = None
         self._seen: dict[tuple[int, int], tuple[str, float]] = {}  # (pid, start): role, seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._postgres is not None:
+            self._postgres.close()
 
     def sample(self) -> Sample:
         backends = self._name_backends()
@@ -116,6 +126,8 @@ class Meter:
                 )
             rows = self._postgres.execute(NAME_BACKENDS).fetchall()
         except psycopg.Error:
+            if self._postgres is not None:
+                self._postgres.close()
             self._postgres = None  # restarting, perhaps; asked again at the next sample
             return {}
         return {
@@ -237,12 +249,12 @@ def main() -> None:
     stack = read_stack(arguments.stack)
     roots = {**stack.pids, "generator": [arguments.generator], "meter": [os.getpid()]}
     _print(read_environment(stack.postgres_url, arguments.stack))
-    meter = Meter(roots, stack.postgres_url)
     parent, due = os.getppid(), time.monotonic()
-    while PROC.is_dir() and os.getppid() == parent:
-        _print(meter.sample())
-        due += SAMPLE_S
-        time.sleep(max(0.0, due - time.monotonic()))
+    with Meter(roots, stack.postgres_url) as meter:
+        while PROC.is_dir() and os.getppid() == parent:
+            _print(meter.sample())
+            due += SAMPLE_S
+            time.sleep(max(0.0, due - time.monotonic()))
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

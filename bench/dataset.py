@@ -71,7 +71,7 @@ class Past(NamedTuple):
         return self.number % CANCELLED_EVERY == CANCELLED_EVERY - 1
 
 
-def load(postgres_url: str, orders: int, say: Say) -> Preloaded:
+def load(postgres_url: str, orders: int, say: Say, show: Say) -> Preloaded:
     """Load products, customers, stock and `orders` into the normalized tables.
 
     One transaction per BATCH orders; a load that breaks off leaves what it has loaded, and cannot
@@ -94,7 +94,10 @@ def load(postgres_url: str, orders: int, say: Say) -> Preloaded:
                 _load_orders(
                     link, past[first : first + BATCH], began_at, last_number - orders, orders
                 )
-            say(_progress(min(orders, first + BATCH), orders, time.monotonic() - started))
+            show(_progress(min(orders, first + BATCH), orders, time.monotonic() - started))
+    elapsed_s = time.monotonic() - started
+    show("")
+    say(f"loaded {orders:,} orders in {elapsed_s:.1f} s, {orders / elapsed_s:,.0f} orders/s")
     return Preloaded(PRODUCTS, CUSTOMERS, orders)
 
 

@@ -38,7 +38,7 @@ from bench.cost import Cost, Meter, cost_between, read_stack
 from bench.dataset import Say, load, tidy
 from bench.report import Quantiles, quantiles
 from bench.requests import Requests
-from bench.stack import NICENESS, ROOT, Stack, StackError, free_port, run_waybill
+from bench.stack import NICENESS, ROOT, Stack, StackError, end_with_us, free_port, run_waybill
 
 ROUNDS: Final = 4  # of each comparison; about 45 s a round
 READ_CONNECTIONS: Final = 32
@@ -106,13 +106,15 @@ class Limits(Struct, frozen=True):
 class Limiter:
     """Measures one stack of our own."""
 
-    def __init__(self, stack: Stack, preloaded: Preloaded, rounds: int, say: Say) -> None:
+    def __init__(
+        self, stack: Stack, preloaded: Preloaded, rounds: int, say: Say, show: Say
+    ) -> None:
         self._stack = stack
         self._preloaded = preloaded
         self._rounds = rounds
         self._say = say
+        self._show = show
         self._requests = Requests(stack.url, stack.api_key)
-        self._roots = {**read_stack(stack.file).pids, "generator": [os.getpid()]}
         self._random = Random(rounds)  # noqa: S311  reproducible on purpose
         self._orders = 0
 
@@ -122,7 +124,7 @@ class Limiter:
         return Limits([*reads, *orders], self._compare_lags(half))
 
     def _compare_reads(self) -> Sequence[Contest]:
-        """(a)."""
+        """(a), the same orders again and again."""
         count = min(READ_ORDERS, self._preloaded.orders)
         requests = [
             self._requests.get(f"/v1/orders/{order_id(self._preloaded.orders - 1 - n)}")
@@ -133,10 +135,8 @@ class Limiter:
         with (
             bare_server("raw", body) as (raw_url, raw),
             bare_server("litestar", body) as (litestar_url, litestar),
+            self._meter(bare=[raw.pid, litestar.pid]) as meter,
         ):
-            meter = Meter(
-                {**self._roots, "bare": [raw.pid, litestar.pid]}, self._stack.postgres_url
-            )
             arms: Mapping[str, Callable[[], Arm]] = {
                 name: partial(self._read, url, requests, meter)
                 for name, url in (
@@ -172,12 +172,14 @@ class Limiter:
     def _compare_orders(self) -> tuple[Sequence[Contest], float]:
         """(b), at each number of connections; returns half of what LAG_AT got done, too."""
         twin_url = self._make_twin()
-        meter = Meter(self._roots, self._stack.postgres_url)
         arms: dict[str, Callable[[], Arm]] = {}
-        for connections in ORDER_CONNECTIONS:
-            arms[f"waybill {connections}"] = partial(self._order, connections, meter)
-            arms[f"pgbench {connections}"] = partial(self._pgbench, connections, twin_url, meter)
-        results = self._take_turns("orders", arms)
+        with self._meter() as meter:
+            for connections in ORDER_CONNECTIONS:
+                arms[f"waybill {connections}"] = partial(self._order, connections, meter)
+                arms[f"pgbench {connections}"] = partial(
+                    self._pgbench, connections, twin_url, meter
+                )
+            results = self._take_turns("orders", arms)
         contests = [
             contest(
                 f"orders over HTTP / pgbench, {connections} connections",
@@ -207,7 +209,7 @@ class Limiter:
             database.execute(CREATE_TWIN)
         twin_url = urlsplit(url)._replace(path=f"/{TWIN}").geturl()
         run_waybill(self._stack, "migrate", postgres_url=twin_url)
-        load(twin_url, self._preloaded.orders, self._say)
+        load(twin_url, self._preloaded.orders, self._say, self._show)
         tidy(twin_url)
         return twin_url
 
@@ -299,6 +301,11 @@ class Limiter:
             ],
         )
 
+    def _meter(self, **others: Sequence[int]) -> Meter:
+        known = read_stack(self._stack.file)
+        roots = {**known.pids, "generator": [os.getpid()], **others}
+        return Meter(roots, known.postgres_url)
+
     def _take_turns(
         self, title: str, arms: Mapping[str, Callable[[], Arm]]
     ) -> Mapping[str, Sequence[Arm]]:
@@ -357,6 +364,7 @@ def bare_server(app: str, body: bytes) -> Generator[tuple[str, "subprocess.Popen
             ["nice", "-n", str(NICENESS), sys.executable, "-m", "bench.bare", app, str(port), file],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
+            preexec_fn=end_with_us,  # noqa: PLW1509  (no threads here)
         )
         try:
             url = f"http://127.0.0.1:{port}"

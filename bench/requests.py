@@ -1,7 +1,7 @@
 """Requests as the bytes that go over the wire, and the answers that come back.
 
-Built by hand because a request is built for each arrival: about 2 us, where a general client takes
-40.
+Built by hand because a request is built for each arrival, on a core that the server may want: 1 us,
+where geventhttpclient takes 9.
 """
 
 from collections.abc import Callable, Mapping

@@ -4,11 +4,13 @@ Our own always has its own PostgreSQL and Valkey, whatever servers the caller's 
 hundred thousand made-up orders do not belong in anybody's database.
 """
 
+import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -31,6 +33,10 @@ NICENESS: Final = (
 STACK_FILE: Final = "stack.json"
 DEMO_FILE: Final = "demo.env"
 CLIENT_VARIABLES: Final = ("WAYBILL_URL", "WAYBILL_API_KEY")
+
+
+PR_SET_PDEATHSIG: Final = 1
+_libc: Final = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
 
 
 class StackError(Exception):
@@ -89,6 +95,7 @@ def own_stack(parent: Path, environ: Mapping[str, str]) -> Generator[Stack]:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C ends us, and we end it in order
+                preexec_fn=end_with_us,  # noqa: PLW1509  (no threads here)
             )
         try:
             yield _await_ready(up, data_dir)
@@ -132,6 +139,12 @@ def own_environment(environ: Mapping[str, str], data_dir: Path, port: int) -> di
     """The caller's environment without its Waybill settings, which are for another one."""
     kept = {name: value for name, value in environ.items() if not name.startswith("WAYBILL_")}
     return kept | {"WAYBILL_DATA_DIR": str(data_dir), "WAYBILL_PORT": str(port)}
+
+
+def end_with_us() -> None:
+    """Have the kernel end this child when we are killed (prctl(2)); between fork and exec."""
+    if sys.platform == "linux":
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:

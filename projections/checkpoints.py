@@ -140,14 +140,14 @@ async def claim(connection: Connection, versions: Mapping[str, int]) -> list[Cla
     cursor = await connection.execute(CLAIM, [list(versions), list(versions.values())])
     claims: dict[tuple[Position, tuple[int, ...]], Claim] = {}
     for model, snapshot, target, last_id, published, lanes, has_parked in await cursor.fetchall():
-        at = Position(snapshot, target, last_id)
-        others = claims.get((at, tuple(lanes)))
-        claims[at, tuple(lanes)] = Claim(
-            (*others.models, model) if others else (model,),
-            tuple(lanes),
+        at, where = Position(snapshot, target, last_id), tuple(lanes)
+        known = claims.get((at, where)) or Claim((), where, at, frozenset())
+        claims[at, where] = Claim(
+            (*known.models, model),
+            where,
             at,
-            frozenset(published) | (others.published if others else frozenset()),
-            has_parked or (others is not None and others.has_parked),
+            known.published.union(published),
+            known.has_parked or has_parked,
         )
     return list(claims.values())
 

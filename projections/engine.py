@@ -23,7 +23,7 @@ from psycopg.errors import QueryCanceled
 
 from projections import checkpoints, parking
 from projections.checkpoints import Claim, Key
-from projections.outbox import Batch, Connection, Outbox, Position
+from projections.outbox import LANES, Batch, Connection, Outbox, Position
 from projections.parking import Parked, ReadModelFaultError
 from projections.read_model import EVENT_TYPES, ReadModel
 
@@ -74,7 +74,7 @@ class Projector:
 
     `events_max` falls when a batch takes longer than the server allows. `announcing` says whether
     anybody tells readers what was applied; while nobody can, nothing is told again either.
-    `has_more` says after each call whether the next one will find something for certain.
+    `has_more` says after each call whether the next one will probably find something.
     """
 
     def __init__(self, models: Sequence[ReadModel], *, read: Connection, outbox: Outbox) -> None:
@@ -85,7 +85,7 @@ class Projector:
         self._started: set[Key] = set()
         self._unfinished: set[Key] = set()
         self._lonely: list[Key] = []  # lanes whose events are applied one by one
-        self._seen: dict[str, tuple[int, ...]] = {}  # snapshots and lanes of the last turn
+        self._stands: dict[Key, str] = {}  # snapshots, as far as we know
         self._told: dict[Key, Position] = {}
         self._all_told = False
         self._is_marked = True
@@ -115,10 +115,13 @@ class Projector:
 
     async def sweep(self) -> list[Applied]:
         """As `project`, if there is anything to do; if not, write nothing."""
-        if not self._seen or self._lonely or self._all_told:
+        if len(self._stands) < LANES * len(self._models) or self._lonely or self._all_told:
             return await self.project()
-        for snapshot, lanes in self._seen.items():
-            if await self._outbox.has_news(snapshot, lanes):
+        lanes: dict[str, set[int]] = {}
+        for (_, lane), snapshot in self._stands.items():
+            lanes.setdefault(snapshot, set()).add(lane)
+        for snapshot, standing in lanes.items():
+            if await self._outbox.has_news(snapshot, standing):
                 return await self.project()
         return []
 
@@ -184,7 +187,9 @@ class Projector:
                     target = batch.reaches.target or batch.reaches.snapshot
                 if batch.events or move_anyway or len(claims) > 1:
                     applied.append(await self._apply(claim, batch, with_care=with_care))
-        self._unfinished.difference_update(key for each in applied for key in each.keys)
+        for each in applied:
+            self._unfinished.difference_update(each.keys)
+            self._stands |= dict.fromkeys(each.keys, each.reaches.snapshot)
         return applied
 
     async def _start(self, keys: set[Key]) -> None:
@@ -197,9 +202,11 @@ class Projector:
         self.has_more = True
 
     def _note(self, held: list[Claim]) -> None:
-        self._seen = {claim.at.snapshot: claim.lanes for claim in held}
+        for claim in held:
+            self._stands |= dict.fromkeys(claim.keys, claim.at.snapshot)
+            if self._all_told:
+                self._told |= dict.fromkeys(claim.keys, claim.at)
         if self._all_told:
-            self._told |= {key: claim.at for claim in held for key in claim.keys}
             self._all_told = self._is_marked = False
 
     def _without_lonely(self, claim: Claim) -> Claim | None:
@@ -210,7 +217,7 @@ class Projector:
 
     def _is_told(self, claim: Claim) -> bool:
         """Whether readers know what is applied at the position where the lanes stand."""
-        if claim.at.target is None and claim.published == {claim.at.snapshot}:
+        if claim.at.target is None and claim.published == frozenset([claim.at.snapshot]):
             return True
         return all(self._told.get(key) == claim.at for key in claim.keys)
 
@@ -238,7 +245,8 @@ class Projector:
         )
         if unknown := batch.types - EVENT_TYPES:
             raise UnknownEventError(f"this worker is too old to know {', '.join(sorted(unknown))}")
-        self.has_more |= batch.reaches.target is not None
+        # A target that is reached was set some time ago.
+        self.has_more |= batch.reaches.target is not None or claim.at.target is not None
         return batch
 
     async def _apply(self, claim: Claim, batch: Batch, *, with_care: bool) -> Applied:

@@ -274,7 +274,12 @@ async def _fault_of(
 
 
 async def retry(
-    read: Connection, model: ReadModel, aggregate_id: str, *, skip_first: bool = False
+    read: Connection,
+    outbox: Outbox,
+    model: ReadModel,
+    aggregate_id: str,
+    *,
+    skip_first: bool = False,
 ) -> Parked | None:
     """Apply what is queued for a parked aggregate, perhaps without the event that was at fault.
 
@@ -283,7 +288,6 @@ async def retry(
     Raises:
         RepairError: it is not parked, or more than QUEUE_MAX events wait.
     """
-    outbox = Outbox(read)
     await outbox.open()
     try:
         return await _retry(read, outbox, model, aggregate_id, skip_first=skip_first)

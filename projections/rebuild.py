@@ -94,7 +94,9 @@ async def fill_missing(connection: Connection, models: Iterable[ReadModel]) -> l
     refilled: list[ReadModel] = []
     for model in models:
         version = await _filled_version(connection, model)
-        if (version or 0) < model.version and await fill(connection, model) and version:
+        if version is not None and version >= model.version:
+            continue
+        if await fill(connection, model) and version is not None:
             refilled.append(model)
     return refilled
 
@@ -110,7 +112,8 @@ async def fill(connection: Connection, model: ReadModel, *, anew: bool = False) 
         locked = await (await connection.execute(LOCK_FILLING, [model.name])).fetchone()
         if not (locked and locked[0]):
             return False
-        if not anew and (await _filled_version(connection, model) or 0) >= model.version:
+        version = await _filled_version(connection, model)
+        if not anew and version is not None and version >= model.version:
             return False
         await connection.execute(HOLD_LANES, [model.name])
         await connection.execute(model.clear, [None])

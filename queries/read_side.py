@@ -257,7 +257,7 @@ class ReadSide:
         if entry is None:
             entry = await self._load(lookup)
             if entry is not None and fence is not None:
-                shared.store_page(era, lookup.key, lookup.tags, fence, entry)
+                shared.store_page(era, lookup.key, fence, entry)
         return entry
 
     async def _load(self, lookup: Lookup) -> Entry | None:

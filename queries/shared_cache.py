@@ -84,15 +84,11 @@ if page[1] == fence then return {fence, page[2], page[3]} end
 return {fence}
 """
 
-# KEYS: the era's key, the page's, then its tags' epochs. ARGV: era, fence, body, cursor,
-# milliseconds to live. Returns 1, 0 (an epoch has moved) or -1 (the era is another).
+# KEYS: the page's. ARGV: fence, body, cursor, milliseconds to live. It needs no check: what is
+# stored under an older fence is not served.
 STORE_PAGE: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return -1 end
-local epochs = {}
-for i = 3, #KEYS do epochs[i - 2] = redis.call('GET', KEYS[i]) or '' end
-if table.concat(epochs, ',') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[2], 'e', ARGV[2], 'b', ARGV[3], 'n', ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[5])
+redis.call('HSET', KEYS[1], 'e', ARGV[1], 'b', ARGV[2], 'n', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 """
 
@@ -183,13 +179,10 @@ class SharedCache:
         fence, body, cursor = found
         return fence, Entry(body, next_cursor=cursor.decode() or None)
 
-    def store_page(
-        self, era: str, key: str, tags: Sequence[str], fence: bytes, entry: Entry
-    ) -> None:
-        """Keep the page, unless one of its tags has moved since `find_page` gave the fence."""
-        keys = (ERA_KEY, _page_key(era, key), *_epoch_keys(era, tags))
-        arguments = (era, fence, entry.body, entry.next_cursor or "", _ttl_ms())
-        self._put(STORE_PAGE, len(keys), *keys, *arguments)
+    def store_page(self, era: str, key: str, fence: bytes, entry: Entry) -> None:
+        """Keep the page under the fence that `find_page` gave before it was read."""
+        arguments = (fence, entry.body, entry.next_cursor or "", _ttl_ms())
+        self._put(STORE_PAGE, 1, _page_key(era, key), *arguments)
 
     async def _ask(self, script: str | None, *words: str | bytes | int) -> Any:
         """The answer, or None: Redis is away or slow, was so a moment ago, or is asked too much."""

@@ -15,7 +15,7 @@ from app.pools import open_psycopg, open_redis
 from app.settings import OperatorError, Settings
 from projections.audit import Difference, TooFarBehindError, audit
 from projections.catalogue import READ_MODELS
-from projections.outbox import Connection
+from projections.outbox import Connection, Outbox
 from projections.parking import Parked, RepairError, list_parked, rederive, retry
 from projections.read_model import ReadModel
 from projections.rebuild import fill, reanchor
@@ -178,7 +178,8 @@ async def mend(
         if verb == "rederive":
             await rederive(connection, model, aggregate_id)
         else:
-            found = await retry(connection, model, aggregate_id, skip_first=verb == "skip")
+            outbox = Outbox(connection)
+            found = await retry(connection, outbox, model, aggregate_id, skip_first=verb == "skip")
     if found is not None:
         print(f"event {found.event_id} failed: {_one_line(found.error)}")
         return 1

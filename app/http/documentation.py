@@ -125,7 +125,7 @@ def problem_page(code: str) -> str:
         kind.title,
         f"<p>Status {kind.status}, code <code>{code}</code>. {_text(kind.meaning)}</p>"
         f"<p>The same request {retry}.</p>{_json(problem_example(code))}"
-        f"<h2>Where it happens</h2><ul>{links}</ul>",
+        f"<h2>Where it happens</h2><ul>{links or '<li>anywhere</li>'}</ul>",
     )
 
 

@@ -20,7 +20,7 @@ def test_a_frozen_server_shows_in_the_percentiles(fake: Fake, offer: Offer) -> N
 
 
 def test_writes_that_show_late_are_seen_late(fake: Fake, offer: Offer) -> None:
-    ended = offer(fake(Faults(visible_after_s=0.3)))
+    ended = offer(fake(Faults(visible_after_s=0.3)), duration_s=2.5)
     lag = ended.result["lag"]
     assert lag["low"]["p50"] <= 300 <= lag["high"]["p50"]
     assert lag["low"]["p50"] > 100, "the lower bound says something"
@@ -30,7 +30,7 @@ def test_writes_that_show_late_are_seen_late(fake: Fake, offer: Offer) -> None:
 
 
 def test_a_server_that_loses_acknowledged_orders_fails(fake: Fake, offer: Offer) -> None:
-    ended = offer(fake(Faults(lose_every=10)), duration_s=2)
+    ended = offer(fake(Faults(lose_every=10)), duration_s=1.5)
     assert ended.result["judged"]["audit"]["missing"] > 0
     assert (ended.code, ended.result["verdict"]) == (1, "FAIL")
 

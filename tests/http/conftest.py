@@ -1,20 +1,17 @@
-"""Web processes in this one, clients whose every answer is held against the contract, and a shop."""
+"""Web processes in this one, clients whose answers are held against the contract, and a shop."""
 
+import asyncio
 import os
-import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import asyncpg
 import httpx
 import pytest
-from litestar import Litestar
-from msgspec import structs
 
 from app.settings import ROOT, Settings
 from app.web import Web
@@ -79,8 +76,7 @@ def order_body(customer_id: UUID, sku: str = "MUG", quantity: int = 1) -> dict[s
     }
 
 
-OpenWeb = Callable[..., AbstractAsyncContextManager[tuple[Web, Litestar]]]
-NewKey = Callable[..., Any]
+NewKey = Callable[..., Awaitable[str]]
 
 
 @pytest.fixture
@@ -125,11 +121,30 @@ def new_key(asyncpg_pool: asyncpg.Pool) -> NewKey:
     return new
 
 
+@pytest.fixture
+async def worker(settings: Settings) -> AsyncGenerator[None]:
+    """A worker process: what is written becomes visible."""
+    environ = {
+        **os.environ,
+        "WAYBILL_POSTGRES_URL": str(settings.postgres_url),
+        "WAYBILL_REDIS_URL": str(settings.redis_url),
+        "WAYBILL_DATA_DIR": str(settings.data_dir),
+    }
+    log = settings.data_dir / "worker.log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workers", cwd=ROOT, env=environ, stderr=output
+        )
+        yield
+        process.terminate()
+        await process.wait()
+
+
 def client_of(web: Web, key: str | None) -> Client:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     return Client(
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(web),
+            transport=httpx.ASGITransport(cast("Any", web)),
             base_url="http://waybill",
             headers=headers,
             event_hooks={"response": [judge]},

@@ -96,9 +96,7 @@ def test_a_route_without_a_scope_stops_the_start() -> None:
 
 
 @pytest.fixture
-async def storefronts(
-    web: Web, new_key: NewKey, shop: Shop
-) -> list[tuple[UUID, Client]]:
+async def storefronts(web: Web, new_key: NewKey, shop: Shop) -> list[tuple[UUID, Client]]:
     """Two customers, each with a key of their own."""
     found: list[tuple[UUID, Client]] = []
     for _ in range(2):

@@ -76,9 +76,7 @@ SERVER_OWNED = ("order_id", "number", "status", "total_cents", "version", "place
 
 
 @pytest.mark.parametrize("field", SERVER_OWNED)
-async def test_fields_that_are_ours_are_refused(
-    client: Client, shop: Shop, field: str
-) -> None:
+async def test_fields_that_are_ours_are_refused(client: Client, shop: Shop, field: str) -> None:
     await shop.product(on_hand=1)
     body = {**order_body(await shop.customer()), field: 1}
     answer = await client.post("/v1/orders", body)
@@ -123,7 +121,8 @@ async def test_another_media_type_is_refused(client: Client, content_type: str) 
 
 
 @pytest.mark.parametrize(
-    "content_type", ["Application/JSON", "application/json;charset=UTF-8", 'application/json; charset="utf-8"']
+    "content_type",
+    ["Application/JSON", "application/json;charset=UTF-8", 'application/json; charset="utf-8"'],
 )
 async def test_json_by_another_spelling_is_json(client: Client, content_type: str) -> None:
     body = b'{"email":"a@b.c","name":"A"}'

@@ -5,7 +5,6 @@ import pytest
 import redis.asyncio
 
 from queries.cache import WAKE_CHANNEL
-
 from tests.http.conftest import Client, Shop, order_body
 
 
@@ -159,9 +158,9 @@ async def test_a_refusal_is_replayed_byte_for_byte(client: Client, shop: Shop) -
 async def test_workers_are_woken_after_a_commit(
     client: Client, redis_client: redis.asyncio.Redis
 ) -> None:
-    async with redis_client.pubsub() as push:
-        await push.subscribe(WAKE_CHANNEL)
-        await push.get_message(timeout=1)  # that it is subscribed
+    async with redis_client.pubsub() as push:  # pyright: ignore[reportUnknownMemberType]
+        await push.subscribe(WAKE_CHANNEL)  # pyright: ignore[reportUnknownMemberType]
+        assert await push.get_message(timeout=1) is not None  # that it is subscribed
         body = {"email": "a@b.example", "name": "Ada"}
         await asyncio.gather(*(client.post("/v1/customers", body) for _ in range(20)))
         assert await push.get_message(ignore_subscribe_messages=True, timeout=1) is not None

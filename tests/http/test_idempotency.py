@@ -3,8 +3,8 @@ import asyncio
 import asyncpg
 import pytest
 
-from tests.http.conftest import Client, NewKey, Shop, client_of, order_body
 from app.web import Web
+from tests.http.conftest import Client, NewKey, Shop, client_of, order_body
 
 
 async def test_fifty_at_once_with_one_key_are_one_order(

@@ -21,9 +21,7 @@ async def test_the_current_version_is_acted_on(
 
 
 @pytest.mark.parametrize("if_match", ['"v2"', '"v0"'])
-async def test_another_version_is_refused(
-    client: Client, cancel_path: str, if_match: str
-) -> None:
+async def test_another_version_is_refused(client: Client, cancel_path: str, if_match: str) -> None:
     answer = await client.post(cancel_path, {"reason": "r"}, If_Match=if_match)
     assert (answer.status_code, answer.json()["code"]) == (412, "precondition-failed")
     assert answer.json()["current_version"] == 1

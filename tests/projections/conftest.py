@@ -36,13 +36,12 @@ async def reader(psycopg_pool: Pool) -> AsyncGenerator[Connection]:
 
 @asynccontextmanager
 async def projecting(
-    pool: Pool, models: Sequence[ReadModel] = READ_MODELS, *, is_filling: bool = True
+    pool: Pool, models: Sequence[ReadModel] = READ_MODELS
 ) -> AsyncGenerator[Projector]:
     """A projector on a connection of its own; the read models are filled if they never were."""
     async with AsyncExitStack() as stack:
         connection = await stack.enter_async_context(pool.connection())
-        if is_filling:
-            await fill_missing(connection, models)
+        await fill_missing(connection, models)
         yield await stack.enter_async_context(
             Projector(models, read=connection, outbox=Outbox(connection))
         )

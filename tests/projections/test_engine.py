@@ -10,7 +10,7 @@ from projections.audit import audit
 from projections.catalogue import READ_MODELS
 from projections.checkpoints import ForeignCheckpointError
 from projections.engine import EVENTS_MAX, Projector, UnknownEventError
-from projections.outbox import Connection
+from projections.outbox import Connection, Outbox
 from tests.projections.conftest import Pool, catch_up, differences, projecting, unapplied
 from tests.projections.shop import Shop
 
@@ -257,9 +257,7 @@ async def test_a_batch_that_takes_too_long_is_made_smaller(
         await reader.execute("ALTER TABLE order_view ADD CHECK (pg_sleep(0.004) IS NOT NULL)")
         async with (
             psycopg_pool.connection() as connection,
-            Projector(
-                READ_MODELS, read=connection, outbox=projector._outbox.__class__(connection)
-            ) as hasty,
+            Projector(READ_MODELS, read=connection, outbox=Outbox(connection)) as hasty,
         ):
             await hasty.project()
             await connection.execute("SET statement_timeout = '60ms'")
@@ -276,8 +274,11 @@ async def run_until(pool: Pool, is_over: asyncio.Event, backends: set[int]) -> N
     """What a worker does, without its wake-up: project, and begin anew when the connection dies."""
     while not is_over.is_set():
         with suppress(psycopg.Error, PoolTimeout):
-            async with projecting(pool, is_filling=False) as projector:
-                backend = projector._read.info.backend_pid
+            async with (
+                pool.connection() as connection,
+                Projector(READ_MODELS, read=connection, outbox=Outbox(connection)) as projector,
+            ):
+                backend = connection.info.backend_pid
                 backends.add(backend)
                 try:
                     while not is_over.is_set():

@@ -107,7 +107,7 @@ def trace_one_order(stack: Stack, spans: list[Span]) -> list[Span]:
         order = http.get("/v1/orders?limit=1").json()["data"][0]
         level = http.get("/v1/stock").json()["data"][0]
         body = {
-            "customer_id": order["customer_id"],
+            "customer_id": order["customer"]["customer_id"],
             "currency": order["currency"],
             "lines": [{"sku": level["sku"], "quantity": 1}],
         }

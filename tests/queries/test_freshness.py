@@ -2,14 +2,20 @@
 
 import asyncio
 import time
+from signal import SIGCONT, SIGSTOP
+from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
 import msgspec
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
+from app.pools import open_redis
+from app.servers import Valkey
 from queries import freshness
+from queries.freshness import Freshness, Postgres
 from queries.read_side import ReadSide
 from tests.queries.conftest import OpenReadSide, Shop
 from tests.queries.waiting import until
@@ -184,6 +190,69 @@ async def test_pushes_in_good_order_break_nothing(shop: Shop, read_side: ReadSid
         await asyncio.sleep(0.1)
     assert read_side.freshness.breaks == 0
     assert read_side.freshness.is_open
+
+
+async def test_a_silent_push_connection_is_a_broken_one(shop: Shop, mortal_redis: Valkey) -> None:
+    async with open_redis(mortal_redis.url) as client, ReadSide(shop.pool, client) as read_side:
+        await until(lambda: read_side.freshness.is_open)
+        mortal_redis.process.send_signal(SIGSTOP)
+        try:
+            await until(lambda: not read_side.freshness.is_open)
+        finally:
+            mortal_redis.process.send_signal(SIGCONT)
+        await until(lambda: read_side.freshness.is_open)
+
+
+async def test_a_connection_that_was_made_anew_unnoticed_is_a_broken_one(
+    shop: Shop, read_side: ReadSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As redis-py does if it finds its connection closed: the channel is subscribed to again."""
+    subscribed = b'{"never": "sent"}'
+    library: Any = PubSub
+    honest = library.handle_message
+
+    async def anew(*given: object, **options: object) -> Any:
+        message = await honest(*given, **options)
+        if message is not None and message["data"] == subscribed:
+            return {**message, "type": "subscribe", "data": 1}
+        return message
+
+    monkeypatch.setattr(library, "handle_message", anew)
+    await shop.publish(subscribed)
+    await until(lambda: read_side.freshness.breaks == 1)
+    await until(lambda: read_side.freshness.is_open)
+
+
+class HeldPool:
+    """A pool whose answers come late."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self.gate = asyncio.Event()
+        self.held = 0
+
+    async def fetch(self, statement: str) -> list[asyncpg.Record]:
+        rows = await self._pool.fetch(statement)
+        self.held += 1
+        await self.gate.wait()
+        return rows
+
+
+async def test_what_is_parked_while_a_poll_runs_stays_parked(
+    shop: Shop, redis_client: Redis, read_side: ReadSide
+) -> None:
+    pool = HeldPool(shop.pool)
+    async with Freshness(cast("Postgres", pool), redis_client, read_side) as known:
+        await until(lambda: pool.held == 1 and vars(known)["_subscribed"])
+        change = await shop.apply()
+        change.parked = [(MODEL, "order", "x")]
+        await shop.publish(msgspec.json.encode(change))
+        await until(lambda: known.pushes == 1)
+        pool.gate.set()
+        polls = known.polls
+        await until(lambda: known.polls > polls)
+        assert known.parked_at(MODEL, lambda _: True) is not None
+        await until(lambda: known.parked_at(MODEL, lambda _: True) is None)
 
 
 async def test_it_begins_while_postgresql_is_away(redis_client: Redis) -> None:

@@ -37,7 +37,7 @@ async def version_of(read_side: ReadSide, order_id: UUID, token_xid: int | None 
 class SlowFill:
     """A read that has its row and is held up before it can store it."""
 
-    def __init__(self, read_side: ReadSide, order_id: UUID) -> None:
+    def __init__(self, read_side: ReadSide, order_id: UUID, token_xid: int | None = None) -> None:
         self._gate = asyncio.Event()
         self._loaded = asyncio.Event()
         lookup = Lookup(
@@ -47,7 +47,7 @@ class SlowFill:
             concerns=lambda _: False,
             order_id=order_id,
         )
-        self._reading = asyncio.create_task(read_side.answer(lookup))
+        self._reading = asyncio.create_task(read_side.answer(lookup, token_xid=token_xid, wait_s=5))
 
     async def _load(self, connection: Connection, *, order_id: UUID) -> Entry | None:
         entry = await load_order(connection, order_id)
@@ -146,6 +146,51 @@ async def test_such_a_read_joins_no_fill_that_goes_through_the_caches(
     await shop.apply(order_id)
     assert await version_of(read_side, order_id, token_xid) == 2
     await slow.finish()
+
+
+async def test_nor_one_that_may_find_the_old_in_redis(
+    shop: Shop, read_side: ReadSide, other: ReadSide
+) -> None:
+    order_id = await shop.place()
+    await version_of(other, order_id)  # it is in Redis now
+    token_xid = await shop.write(order_id, 2, await shop.owner(order_id))
+    await shop.apply(order_id)
+    assert await read_side.freshness.wait_for(ORDER_VIEW, token_xid, 5)
+
+    versions = await asyncio.gather(
+        version_of(read_side, order_id), version_of(read_side, order_id, token_xid)
+    )
+
+    assert tuple(versions) == (1, 2)
+
+
+async def test_nor_one_that_began_before_the_write_was_applied(
+    shop: Shop, read_side: ReadSide
+) -> None:
+    order_id = await shop.place()
+    customer_id = await shop.owner(order_id)
+    first_xid = await shop.write(order_id, 2, customer_id)
+    await shop.apply(order_id)
+    slow = SlowFill(read_side, order_id, first_xid)
+    await slow.loaded()
+    second_xid = await shop.write(order_id, 3, customer_id)
+    await shop.apply(order_id)
+
+    assert await version_of(read_side, order_id, second_xid) == 3
+    assert (await slow.finish()).version == 2
+
+
+async def test_what_is_applied_and_not_announced_when_pushes_begin_is_not_taken_as_announced(
+    shop: Shop, read_side: ReadSide, other: ReadSide
+) -> None:
+    order_id = await shop.place()
+    await version_of(other, order_id)  # it is in Redis now
+    await shop.cut("pubsub")
+    await until(lambda: read_side.freshness.breaks == 1)
+    token_xid = await shop.write(order_id, 2, await shop.owner(order_id))
+    await shop.apply(order_id)
+    await asyncio.sleep(0.4)  # pushes have begun anew
+    assert await version_of(read_side, order_id, token_xid) == 2
 
 
 async def test_500_misses_at_once_are_one_select(shop: Shop, read_side: ReadSide) -> None:

