@@ -53,10 +53,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the verbs; `worker`, `projections`, `bench` and `test` describe themselves."""
+    settings = map(variable_of, Settings.__struct_fields__)
     top = argparse.ArgumentParser(
         prog="./waybill",
         description="Waybill, an order-management service.",
-        epilog="Settings are WAYBILL_* variables; README.md lists them.",
+        epilog=f"Settings, from the environment: {', '.join(settings)}. app/settings.py tells all.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)

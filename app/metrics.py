@@ -60,9 +60,9 @@ class Metrics:
             ("full",),
             registry=self.registry,
         )
-        self.unmetered = Counter(
-            "waybill_http_unmetered_windows_total",
-            "Shares granted to reads without a lease, because PostgreSQL could not be reached.",
+        self.unleased = Counter(
+            "waybill_http_unleased_shares_total",
+            "Shares of a quota that reads took without a lease while PostgreSQL was away.",
             registry=self.registry,
         )
         self.projection_lag = Gauge(

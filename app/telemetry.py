@@ -98,7 +98,7 @@ class Tracing:
         if parent is None and b"traceparent" in headers and not self.by_chance():
             return None
         return self._tracer.start_span(
-            scope["method"],
+            "HTTP",
             context=parent or Context(),
             kind=SpanKind.SERVER,
             attributes=_request_attributes(scope, headers),
@@ -134,7 +134,6 @@ def _request_attributes(
 ) -> dict[str, str | int]:
     """HTTP server attributes by the stable semantic conventions."""
     attributes: dict[str, str | int] = {
-        http_attributes.HTTP_REQUEST_METHOD: scope["method"],
         url_attributes.URL_PATH: scope["path"],
         url_attributes.URL_SCHEME: scope["scheme"],
         network_attributes.NETWORK_PROTOCOL_VERSION: scope["http_version"],
@@ -153,6 +152,7 @@ def _request_attributes(
 def finish(span: Span, *, method: str, route: str, status: int) -> None:
     """End a SERVER span: named after the route template, never after the path."""
     span.update_name(f"{method} {route}")
+    span.set_attribute(http_attributes.HTTP_REQUEST_METHOD, method)
     span.set_attribute(http_attributes.HTTP_ROUTE, route)
     span.set_attribute(http_attributes.HTTP_RESPONSE_STATUS_CODE, status)
     if status >= 500:

@@ -8,7 +8,7 @@ executors finish the batch that has begun, and the pools close.
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -17,9 +17,12 @@ from uuid import UUID
 
 import structlog
 from litestar import Litestar, Request
+from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, LifeSpanReceive, LifeSpanSend, Receive, Scope, Send
+from msgspec import Struct
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+from redis.asyncio import Redis
 
 from app.http.access import check_routes, check_scope
 from app.http.answers import render
@@ -44,11 +47,12 @@ from commands.adjust_stock import AdjustStock, adjust_stock_levels
 from commands.api_keys import find_principal
 from commands.cancel_order import CancelOrder, cancel_orders
 from commands.command import Command, Handle, Postgres, Principal
-from commands.executor import CONNECTION_LOST, Executor
+from commands.executor import Executor
 from commands.place_order import PlaceOrder, place_orders
 from commands.rate_limit import Lease, lease
 from commands.register_customer import RegisterCustomer, register_customers
 from commands.register_product import RegisterProduct, register_products
+from queries.freshness import POSTGRES_FAULTS
 from queries.read_side import ReadSide
 
 HANDLERS: Final[dict[type[Command], Handle]] = {
@@ -117,54 +121,19 @@ class Web:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[Litestar]:
-        """Open pools, start tasks and serve; then stop what runs in the reverse order."""
-        postgres_url, redis_url = self._urls
-        provider = self._provider or configure_tracing(self._settings, "waybill-web")
-        tracing = Tracing(provider, ratio=self._settings.trace_ratio)
+        """Open what is worked with and serve; then stop what runs and close what is open."""
         metrics = Metrics()
-        async with AsyncExitStack() as stack:
-            if self._provider is None:
-                stack.push_async_callback(asyncio.to_thread, provider.shutdown)
-            commands = await stack.enter_async_context(
-                open_postgres(
-                    postgres_url, application_name="waybill-commands", size=COMMAND_CONNECTIONS
-                )
-            )
-            queries = await stack.enter_async_context(
-                open_postgres(
-                    postgres_url, application_name="waybill-queries", size=QUERY_CONNECTIONS
-                )
-            )
-            redis = await stack.enter_async_context(open_redis(redis_url))
-            read_side = await ReadSide(queries, redis).__aenter__()
-            stack.push_async_callback(_leave, read_side)
-            timeline = Timeline(commands)
-            waker = Waker(redis)
-            executors = {
-                kind: Executor[Any](
-                    handle,
-                    postgres=commands,
-                    render=render,
-                    committed=waker.wake,
-                    observe=metrics.batch_observer(kind),
-                )
-                for kind, handle in HANDLERS.items()
-            }
-            runs = {command_name(kind): executor.run() for kind, executor in executors.items()}
-            tasks = await stack.enter_async_context(_running({"wake": waker.run(), **runs}))
-            health = Health(commands, redis, tasks)
-            submissions = Submissions(
-                executors, timeline=timeline, tracing=tracing, metrics=metrics
-            )
+        async with (
+            self._traces() as provider,
+            open_tools(*self._urls, metrics=metrics) as tools,
+        ):
+            tracing = Tracing(provider, ratio=self._settings.trace_ratio)
+            health = Health(tools.commands, tools.redis, tools.is_running)
             app = Litestar(
                 [
-                    *product_routes(submissions),
-                    *stock_routes(submissions, read_side, timeline),
-                    *customer_routes(submissions),
-                    *order_routes(submissions, read_side, timeline),
-                    *projection_routes(read_side),
+                    *build_routes(tools, tracing, metrics),
                     *health_routes(
-                        health, metrics, read_side, is_one_of_many=self._settings.webs > 1
+                        health, metrics, tools.read_side, is_one_of_many=self._settings.webs > 1
                     ),
                     *documentation_routes(),
                 ],
@@ -176,24 +145,101 @@ class Web:
                 pdb_on_exception=False,
             )
             check_routes(app)
-            metrics.show_queues(executors)
-            metrics.show_pools({"commands": commands, "queries": queries})
-            show_read_side(metrics, read_side)
-            edge = Edge(
-                app,
-                callers=Callers(partial(_find_principal, commands), faults=CONNECTION_LOST),
-                limiter=Limiter(
-                    partial(_lease, commands),
-                    faults=CONNECTION_LOST,
-                    unleased=metrics.unmetered.inc,
-                ),
-                tracing=tracing,
-                metrics=metrics,
-            )
+            edge = build_edge(app, tools.commands, tracing, metrics)
             if self._drains_on_sigterm:
                 _drain_on_sigterm(health, edge)
             self._serve = edge
             yield app
+
+    @asynccontextmanager
+    async def _traces(self) -> AsyncGenerator[TracerProvider]:
+        if self._provider is not None:
+            yield self._provider
+            return
+        provider = configure_tracing(self._settings, "waybill-web")
+        try:
+            yield provider
+        finally:
+            await asyncio.to_thread(provider.shutdown)  # sends what is left
+
+
+class Tools(Struct, frozen=True):
+    """What the handlers work with. `is_running` tells of each task that should still run."""
+
+    commands: Postgres
+    redis: Redis
+    read_side: ReadSide
+    executors: Mapping[type[Command], Executor[Any]]
+    is_running: Mapping[str, Callable[[], bool]]
+
+
+@asynccontextmanager
+async def open_tools(
+    postgres_url: str, redis_url: str, *, metrics: Metrics
+) -> AsyncGenerator[Tools]:
+    """Open pools and start tasks. Neither PostgreSQL nor Redis has to be there yet."""
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        commands = await enter(
+            open_postgres(
+                postgres_url, application_name="waybill-commands", size=COMMAND_CONNECTIONS
+            )
+        )
+        queries = await enter(
+            open_postgres(postgres_url, application_name="waybill-queries", size=QUERY_CONNECTIONS)
+        )
+        redis = await enter(open_redis(redis_url))
+        read_side = await ReadSide(queries, redis).__aenter__()
+        stack.push_async_callback(_leave, read_side)
+        waker = Waker(redis)
+        executors = {
+            kind: Executor[Any](
+                handle,
+                postgres=commands,
+                render=render,
+                committed=waker.wake,
+                observe=metrics.batch_observer(kind),
+            )
+            for kind, handle in HANDLERS.items()
+        }
+        runs = {command_name(kind): executor.run() for kind, executor in executors.items()}
+        is_running = await enter(_running({"wake": waker.run(), **runs}))
+        metrics.show_queues(executors)
+        metrics.show_pools({"commands": commands, "queries": queries})
+        show_read_side(metrics, read_side)
+        yield Tools(
+            commands,
+            redis,
+            read_side,
+            executors,
+            {"read_side": lambda: read_side.freshness.is_running, **is_running},
+        )
+
+
+def build_routes(tools: Tools, tracing: Tracing, metrics: Metrics) -> list[HTTPRouteHandler]:
+    """Return the handlers of the API."""
+    timeline = Timeline(tools.commands)
+    submissions = Submissions(tools.executors, timeline=timeline, tracing=tracing, metrics=metrics)
+    return [
+        *product_routes(submissions),
+        *stock_routes(submissions, tools.read_side, timeline),
+        *customer_routes(submissions),
+        *order_routes(submissions, tools.read_side, timeline),
+        *projection_routes(tools.read_side),
+    ]
+
+
+def build_edge(app: Litestar, postgres: Postgres, tracing: Tracing, metrics: Metrics) -> Edge:
+    """Put the edge around the app."""
+    return Edge(
+        app,
+        callers=Callers(partial(_find_principal, postgres), faults=POSTGRES_FAULTS),
+        limiter=Limiter(
+            partial(_lease, postgres), faults=POSTGRES_FAULTS, unleased=metrics.unleased.inc
+        ),
+        tracing=tracing,
+        metrics=metrics,
+    )
 
 
 def show_read_side(metrics: Metrics, read_side: ReadSide) -> None:
@@ -263,19 +309,22 @@ def _drain_on_sigterm(health: Health, edge: Edge) -> None:
 @asynccontextmanager
 async def _running(
     runs: Mapping[str, Coroutine[Any, Any, None]],
-) -> AsyncGenerator[dict[str, asyncio.Task[None]]]:
+) -> AsyncGenerator[dict[str, Callable[[], bool]]]:
     """Run these until the end; one that ends before is a bug, and the liveness report says so."""
 
     def report(name: str, task: asyncio.Task[None]) -> None:
         if not task.cancelling():
             log.error("task ended", task=name, exc_info=task.exception())
 
+    def is_running(task: asyncio.Task[None]) -> bool:
+        return not task.done()
+
     tasks: dict[str, asyncio.Task[None]] = {}
     for name, run in runs.items():
         tasks[name] = asyncio.create_task(run)
         tasks[name].add_done_callback(partial(report, name))
     try:
-        yield tasks
+        yield {name: partial(is_running, task) for name, task in tasks.items()}
     finally:
         for task in tasks.values():
             task.cancel()

@@ -66,7 +66,8 @@ async def measure_lag(connection: Connection) -> list[Lag]:
             Lag(
                 read_model,
                 version=min(lane["version"] for lane in lanes),
-                lag_s=max(0.0, *(lane["lag_s"] or 0.0 for lane in lanes)),
+                # The clock of whoever wrote an event may be ahead of PostgreSQL's.
+                lag_s=max(0.0, *(lane["lag_s"] if lane["events"] else 0.0 for lane in lanes)),
                 lag_events=sum(lane["events"] for lane in lanes),
                 lanes_behind=tuple(lane["lane"] for lane in lanes if lane["events"]),
             )

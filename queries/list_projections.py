@@ -8,11 +8,11 @@ import msgspec
 from msgspec import Struct
 
 from queries.cache import Entry
-from queries.lag import measure_lag
+from queries.lag import Lag, measure_lag
 from queries.read_side import Found, ReadSide
 
 # behind: it lacks events and catches up. parked: an aggregate waits for an operator. stopped: it
-# lacks events and has not moved for STOPPED_S, as far as this process has seen.
+# has lacked an event for STOPPED_S, and has not moved for as long, as far as this process has seen.
 State: TypeAlias = Literal["current", "behind", "parked", "stopped"]
 
 STOPPED_S: Final = 10.0  # ten sweeps of an idle worker
@@ -87,7 +87,7 @@ async def measure_projections(read_side: ReadSide) -> list[Projection]:
             Projection(
                 read_model=lag.read_model,
                 version=lag.version,
-                state=judge(still_s, is_behind=lag.lag_events > 0, is_parked=bool(aggregates)),
+                state=judge(lag, still_s=still_s, is_parked=bool(aggregates)),
                 lag_s=round(lag.lag_s, 3),
                 lag_events=lag.lag_events,
                 parked_count=aggregates[0]["total"] if aggregates else 0,
@@ -97,13 +97,13 @@ async def measure_projections(read_side: ReadSide) -> list[Projection]:
     return projections
 
 
-def judge(still_s: float, *, is_behind: bool, is_parked: bool) -> State:
+def judge(lag: Lag, *, still_s: float, is_parked: bool) -> State:
     """The worst that is true. `still_s`: how long a lane that is behind has not moved."""
-    if is_behind and still_s > STOPPED_S:
+    if lag.lag_events and min(lag.lag_s, still_s) > STOPPED_S:
         return "stopped"
     if is_parked:
         return "parked"
-    return "behind" if is_behind else "current"
+    return "behind" if lag.lag_events else "current"
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -28,9 +28,12 @@ Find = Callable[[bytes], Awaitable[Principal | None]]
 
 
 class Caller:
-    """A good key: whose it is, until when that is believed, and its share of the quota."""
+    """A good key: whose it is, until when that is believed, and its share of the quota.
 
-    __slots__ = ("allowance", "fresh_until_s", "principal", "refresh_at_s")
+    `is_stale`: it could not be looked up again when it was due, and is believed for `GRACE_S` more.
+    """
+
+    __slots__ = ("allowance", "fresh_until_s", "is_stale", "principal", "refresh_at_s")
 
     def __init__(self, principal: Principal, now_s: float) -> None:
         self.allowance = Allowance(principal.key_id, principal.requests_per_minute)
@@ -41,6 +44,7 @@ class Caller:
         self.principal = principal
         if principal.requests_per_minute != self.allowance.quota:
             self.allowance.set_quota(principal.requests_per_minute)
+        self.is_stale = False
         self.fresh_until_s = now_s + TTL_S
         self.refresh_at_s = now_s + REFRESH_AFTER_S
 
@@ -86,7 +90,7 @@ class Callers:
         caller: Caller | None = None
         if now_s >= self._unknown.get(digest, 0.0):
             caller = self._known.get(digest)
-            if caller is not None and now_s < caller.fresh_until_s:
+            if caller is not None and now_s < _believed_until_s(caller):
                 caller.refresh_at_s = now_s + RETRY_S
                 self._look_up(digest)
                 return caller
@@ -96,21 +100,24 @@ class Callers:
             raise _unauthenticated("This key is not known, has expired or was revoked.", error)
         return caller
 
-    async def _found(self, digest: bytes, stale: Caller | None, now_s: float) -> Caller | None:
+    async def _found(self, digest: bytes, known: Caller | None, now_s: float) -> Caller | None:
+        """Wait for the look-up of a key that is new here, or has not been used for a while."""
+        lookup = self._look_up(digest)
+        if lookup is None:
+            raise ProblemError("overloaded", "Too many keys are being checked.")
         try:
-            return await asyncio.shield(self._look_up(digest))
+            return await asyncio.shield(lookup)
         except self._faults as fault:
-            if stale is None or now_s >= stale.fresh_until_s + GRACE_S:
+            if known is None or now_s >= known.fresh_until_s + GRACE_S:
                 raise ProblemError("unavailable", "The key cannot be checked now.") from fault
-            stale.refresh_at_s = self._clock() + RETRY_S
-            return stale
+            known.is_stale = True
+            known.refresh_at_s = self._clock() + RETRY_S
+            return known
 
-    def _look_up(self, digest: bytes) -> asyncio.Task[Caller | None]:
-        """One look-up per key at a time."""
+    def _look_up(self, digest: bytes) -> asyncio.Task[Caller | None] | None:
+        """One look-up per key at a time; None: there are too many."""
         task = self._lookups.get(digest)
-        if task is None:
-            if len(self._lookups) >= LOOKUPS_MAX:
-                raise ProblemError("overloaded", "Too many keys are being checked.")
+        if task is None and len(self._lookups) < LOOKUPS_MAX:
             task = self._lookups[digest] = asyncio.create_task(self._renewed(digest))
             task.add_done_callback(lambda done: self._looked_up(digest, done))
         return task
@@ -136,6 +143,10 @@ class Callers:
             caller.renew(principal, asked_s)
         self._unknown.pop(digest, None)
         return caller
+
+
+def _believed_until_s(caller: Caller) -> float:
+    return caller.fresh_until_s + (GRACE_S if caller.is_stale else 0.0)
 
 
 def _make_room(entries: "dict[bytes, Caller] | dict[bytes, float]", maximum: int) -> None:

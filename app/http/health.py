@@ -5,9 +5,9 @@ has all migrations, and the process is not about to stop. Without Redis it is re
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 from litestar import get
@@ -67,18 +67,18 @@ class Health:
     """What this process knows of itself and of what it stands on."""
 
     def __init__(
-        self, postgres: Postgres, redis: Redis, tasks: Mapping[str, asyncio.Task[Any]]
+        self, postgres: Postgres, redis: Redis, is_running: Mapping[str, Callable[[], bool]]
     ) -> None:
         self.is_draining = False
         self._postgres = postgres
         self._redis = redis
-        self._tasks = tasks
+        self._is_running = is_running
         self._probe: asyncio.Task[Readiness] | None = None
         self._probed_s = 0.0
 
     def liveness(self) -> Liveness:
         """Whether a restart would help."""
-        ended = tuple(name for name, task in self._tasks.items() if task.done())
+        ended = tuple(name for name, is_running in self._is_running.items() if not is_running())
         return Liveness("broken" if ended else "alive", ended)
 
     async def readiness(self) -> Readiness:

@@ -41,46 +41,42 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_body_changes_nothing(
-    client: Client, asyncpg_pool: asyncpg.Pool, name: str
-) -> None:
-    body, status, code = HOSTILE[name]
-    answer = await client.post("/v1/customers", body)
-    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text[:300]
-    assert len(answer.content) < 2_000
-    assert await asyncpg_pool.fetchval("SELECT count(*) FROM customers") == 0
-    assert await asyncpg_pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
+async def test_a_hostile_body_changes_nothing(client: Client, asyncpg_pool: asyncpg.Pool) -> None:
+    for name, (body, status, code) in HOSTILE.items():
+        answer = await client.post("/v1/customers", body)
+        assert (answer.status_code, answer.json()["code"]) == (status, code), name
+        assert len(answer.content) < 2_000, name
+        assert await asyncpg_pool.fetchval("SELECT count(*) FROM customers") == 0, name
+        assert await asyncpg_pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0, name
 
 
-@pytest.mark.parametrize("sku", ["A\n", "", "a b", "x" * 65, "\u0000", "\u00e4", "A/B", "'; --"])
-async def test_a_hostile_sku_is_refused(client: Client, sku: str) -> None:
-    body = {"sku": sku, "name": "Mug", "price_cents": 1, "currency": "EUR"}
-    answer = await client.post("/v1/products", body)
-    assert (answer.status_code, answer.json()["code"]) == (422, "validation")
-    assert answer.json()["errors"][0]["pointer"] == "/sku"
+async def test_a_hostile_sku_is_refused(client: Client) -> None:
+    for sku in ["A\n", "", "a b", "x" * 65, "\u0000", "\u00e4", "A/B", "'; --"]:
+        body = {"sku": sku, "name": "Mug", "price_cents": 1, "currency": "EUR"}
+        answer = await client.post("/v1/products", body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "validation"), sku
+        assert answer.json()["errors"][0]["pointer"] == "/sku", sku
 
 
-@pytest.mark.parametrize("quantity", [0, -1, 1.5, 2**31, 2**63, 10**400, "1", None, True, [1]])
-async def test_a_hostile_quantity_is_pointed_at(
-    client: Client, shop: Shop, quantity: object
-) -> None:
-    body = order_body(await shop.customer())
-    body["lines"].append({"sku": "MUG", "quantity": quantity})
-    answer = await client.post("/v1/orders", body)
-    assert (answer.status_code, answer.json()["code"]) == (422, "validation")
-    assert answer.json()["errors"][0]["pointer"] == "/lines/1/quantity"
+async def test_a_hostile_quantity_is_pointed_at(client: Client, shop: Shop) -> None:
+    order = order_body(await shop.customer())
+    for quantity in (0, -1, 1.5, 2**31, 2**63, 10**400, "1", None, True, [1]):
+        lines = [*order["lines"], {"sku": "MUG", "quantity": quantity}]
+        answer = await client.post("/v1/orders", {**order, "lines": lines})
+        assert (answer.status_code, answer.json()["code"]) == (422, "validation"), quantity
+        assert answer.json()["errors"][0]["pointer"] == "/lines/1/quantity", quantity
 
 
 SERVER_OWNED = ("order_id", "number", "status", "total_cents", "version", "placed_at", "owner")
 
 
-@pytest.mark.parametrize("field", SERVER_OWNED)
-async def test_fields_that_are_ours_are_refused(client: Client, shop: Shop, field: str) -> None:
+async def test_fields_that_are_ours_are_refused(client: Client, shop: Shop) -> None:
     await shop.product(on_hand=1)
-    body = {**order_body(await shop.customer()), field: 1}
-    answer = await client.post("/v1/orders", body)
-    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, f"/{field}")
+    order = order_body(await shop.customer())
+    for field in SERVER_OWNED:
+        answer = await client.post("/v1/orders", {**order, field: 1})
+        assert answer.status_code == 422, field
+        assert answer.json()["errors"][0]["pointer"] == f"/{field}"
 
 
 POINTED: dict[bytes, tuple[str, str]] = {
@@ -110,24 +106,30 @@ def test_endless_nesting_is_no_bug() -> None:
     assert unreadable(RecursionError("maximum recursion depth")).status == 400
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    ["", "text/plain", "application/xml", "application/json; charset=latin-1", "application/jsonx"],
-)
-async def test_another_media_type_is_refused(client: Client, content_type: str) -> None:
-    body = b'{"email":"a@b.c","name":"A"}'
-    answer = await client.post("/v1/customers", body, Content_Type=content_type)
-    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported-media-type")
+async def test_another_media_type_is_refused(client: Client) -> None:
+    for content_type in [
+        "",
+        "text/plain",
+        "application/xml",
+        "application/json; charset=latin-1",
+        "application/jsonx",
+    ]:
+        body = b'{"email":"a@b.c","name":"A"}'
+        answer = await client.post("/v1/customers", body, Content_Type=content_type)
+        assert (answer.status_code, answer.json()["code"]) == (415, "unsupported-media-type"), (
+            content_type
+        )
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    ["Application/JSON", "application/json;charset=UTF-8", 'application/json; charset="utf-8"'],
-)
-async def test_json_by_another_spelling_is_json(client: Client, content_type: str) -> None:
-    body = b'{"email":"a@b.c","name":"A"}'
-    answer = await client.post("/v1/customers", body, Content_Type=content_type)
-    assert answer.status_code == 201
+async def test_json_by_another_spelling_is_json(client: Client) -> None:
+    for content_type in [
+        "Application/JSON",
+        "application/json;charset=UTF-8",
+        'application/json; charset="utf-8"',
+    ]:
+        body = b'{"email":"a@b.c","name":"A"}'
+        answer = await client.post("/v1/customers", body, Content_Type=content_type)
+        assert answer.status_code == 201, content_type
 
 
 async def test_a_body_that_is_too_large_is_not_read(client: Client) -> None:

@@ -1,7 +1,6 @@
 import asyncio
 from uuid import UUID, uuid4
 
-import pytest
 import redis.asyncio
 
 from queries.cache import WAKE_CHANNEL
@@ -55,10 +54,10 @@ async def test_promised_stock_is_not_written_off(client: Client, shop: Shop) -> 
     assert (answer.status_code, answer.json()["code"]) == (409, "would-breach-commitments")
 
 
-@pytest.mark.parametrize("path", ["/v1/stock/NONE/main/adjustments", "/v1/stock/a b/c/adjustments"])
-async def test_a_level_of_no_product_is_not_found(client: Client, path: str) -> None:
-    answer = await client.post(path, {"delta": 1, "reason": "delivery"})
-    assert (answer.status_code, answer.json()["code"]) == (404, "not-found")
+async def test_a_level_of_no_product_is_not_found(client: Client) -> None:
+    for path in ["/v1/stock/NONE/main/adjustments", "/v1/stock/a b/c/adjustments"]:
+        answer = await client.post(path, {"delta": 1, "reason": "delivery"})
+        assert (answer.status_code, answer.json()["code"]) == (404, "not-found"), path
 
 
 async def test_an_order_is_placed(client: Client, shop: Shop) -> None:
@@ -138,10 +137,10 @@ async def test_an_order_is_cancelled_once(client: Client, shop: Shop) -> None:
     assert again.json()["order_status"] == "cancelled"
 
 
-@pytest.mark.parametrize("order_id", [str(uuid4()), "nonsense", "%00", "%ff"])
-async def test_an_order_that_is_not_there_is_not_cancelled(client: Client, order_id: str) -> None:
-    answer = await client.post(f"/v1/orders/{order_id}/cancel", {"reason": "why not"})
-    assert (answer.status_code, answer.json()["code"]) == (404, "not-found")
+async def test_an_order_that_is_not_there_is_not_cancelled(client: Client) -> None:
+    for order_id in [str(uuid4()), "nonsense", "%00", "%ff"]:
+        answer = await client.post(f"/v1/orders/{order_id}/cancel", {"reason": "why not"})
+        assert (answer.status_code, answer.json()["code"]) == (404, "not-found"), order_id
 
 
 async def test_a_refusal_is_replayed_byte_for_byte(client: Client, shop: Shop) -> None:

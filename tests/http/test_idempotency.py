@@ -1,7 +1,6 @@
 import asyncio
 
 import asyncpg
-import pytest
 
 from app.web import Web
 from tests.http.conftest import Client, NewKey, Shop, client_of, order_body
@@ -44,12 +43,12 @@ async def test_a_key_belongs_to_its_owner(
     assert mine.json()["customer_id"] != theirs.json()["customer_id"]
 
 
-@pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "a\tb", "a\x7f"])
-async def test_a_key_that_cannot_be_one_is_missing(client: Client, key: str) -> None:
-    answer = await client.post(
-        "/v1/customers", {"email": "a@b.c", "name": "Ada"}, Idempotency_Key=key
-    )
-    assert (answer.status_code, answer.json()["code"]) == (400, "idempotency-key-missing")
+async def test_a_key_that_cannot_be_one_is_missing(client: Client) -> None:
+    for key in ["", " ", "a b", "x" * 256, "a\tb", "a\x7f"]:
+        answer = await client.post(
+            "/v1/customers", {"email": "a@b.c", "name": "Ada"}, Idempotency_Key=key
+        )
+        assert (answer.status_code, answer.json()["code"]) == (400, "idempotency-key-missing"), key
 
 
 async def test_every_command_needs_a_key(client: Client) -> None:

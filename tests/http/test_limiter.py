@@ -243,6 +243,10 @@ async def test_a_key_that_was_good_stays_so_while_nobody_can_be_asked() -> None:
     keys.is_away = True
     clock.now_s += TTL_S + 1
     assert await callers.identify(b"Bearer k") is caller
+    asked = keys.asked
+    clock.now_s += 1
+    assert await callers.identify(b"Bearer k") is caller
+    assert keys.asked == asked, "nobody waits for PostgreSQL twice"
     with pytest.raises(ProblemError, match="unavailable"):
         await callers.identify(b"Bearer another")
     clock.now_s += GRACE_S

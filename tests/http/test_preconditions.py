@@ -20,20 +20,18 @@ async def test_the_current_version_is_acted_on(
     assert answer.status_code == 200
 
 
-@pytest.mark.parametrize("if_match", ['"v2"', '"v0"'])
-async def test_another_version_is_refused(client: Client, cancel_path: str, if_match: str) -> None:
-    answer = await client.post(cancel_path, {"reason": "r"}, If_Match=if_match)
-    assert (answer.status_code, answer.json()["code"]) == (412, "precondition-failed")
-    assert answer.json()["current_version"] == 1
-    assert answer.headers["etag"] == '"v1"'
+async def test_another_version_is_refused(client: Client, cancel_path: str) -> None:
+    for if_match in ['"v2"', '"v0"']:
+        answer = await client.post(cancel_path, {"reason": "r"}, If_Match=if_match)
+        assert (answer.status_code, answer.json()["code"]) == (412, "precondition-failed"), if_match
+        assert answer.json()["current_version"] == 1, if_match
+        assert answer.headers["etag"] == '"v1"', if_match
 
 
-@pytest.mark.parametrize("if_match", ['W/"v1"', '"1"', "v1", "", '"v1', '"v99999999999"'])
-async def test_what_names_no_version_never_matches(
-    client: Client, cancel_path: str, if_match: str
-) -> None:
-    answer = await client.post(cancel_path, {"reason": "r"}, If_Match=if_match)
-    assert (answer.status_code, answer.json()["code"]) == (412, "precondition-failed")
+async def test_what_names_no_version_never_matches(client: Client, cancel_path: str) -> None:
+    for if_match in ['W/"v1"', '"1"', "v1", "", '"v1', '"v99999999999"']:
+        answer = await client.post(cancel_path, {"reason": "r"}, If_Match=if_match)
+        assert (answer.status_code, answer.json()["code"]) == (412, "precondition-failed"), if_match
 
 
 async def test_of_two_writers_with_one_etag_one_wins(client: Client, cancel_path: str) -> None:

@@ -6,6 +6,7 @@ from uuid import uuid4
 import msgspec
 import pytest
 
+from queries.lag import Lag
 from queries.list_projections import STOPPED_S, judge, list_projections
 from queries.read_side import ReadSide
 from tests.queries.conftest import MODELS, Shop
@@ -90,20 +91,28 @@ async def test_what_is_parked_is_shown_with_its_error(shop: Shop, read_side: Rea
     }
 
 
+LONG, SHORT = STOPPED_S + 1, STOPPED_S - 1
+
+
 @pytest.mark.parametrize(
-    ("still_s", "is_behind", "is_parked", "state"),
+    ("lag_s", "still_s", "is_behind", "is_parked", "state"),
     [
-        (0.0, False, False, "current"),
-        (STOPPED_S + 1, False, False, "current"),
-        (0.0, True, False, "behind"),
-        (STOPPED_S + 1, True, False, "stopped"),
-        (0.0, True, True, "parked"),
-        (STOPPED_S + 1, True, True, "stopped"),
-        (0.0, False, True, "parked"),
+        (0.0, SHORT, False, False, "current"),
+        (0.0, LONG, False, False, "current"),
+        (SHORT, SHORT, True, False, "behind"),
+        (SHORT, LONG, True, False, "behind"),  # idle for long, and an event has just come
+        (LONG, SHORT, True, False, "behind"),  # much to do, and it is being done
+        (LONG, LONG, True, False, "stopped"),
+        (SHORT, SHORT, True, True, "parked"),
+        (LONG, LONG, True, True, "stopped"),
+        (0.0, LONG, False, True, "parked"),
     ],
 )
-def test_the_worst_is_told(still_s: float, is_behind: bool, is_parked: bool, state: str) -> None:
-    assert judge(still_s, is_behind=is_behind, is_parked=is_parked) == state
+def test_the_worst_is_told(
+    lag_s: float, still_s: float, is_behind: bool, is_parked: bool, state: str
+) -> None:
+    lag = Lag("x", version=1, lag_s=lag_s, lag_events=int(is_behind), lanes_behind=(0,))
+    assert judge(lag, still_s=still_s, is_parked=is_parked) == state
 
 
 async def test_a_lane_that_does_not_move_is_noticed(shop: Shop, read_side: ReadSide) -> None:

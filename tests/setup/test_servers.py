@@ -193,11 +193,12 @@ def test_a_server_that_cannot_start_says_why_in_one_line(data_dir: Path) -> None
     assert "pg_control" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["deep" * 25, "a shop, %41?#'\"ä"])
 @pytest.mark.parametrize("kind", [Postgres, Valkey])
-def test_a_path_too_long_for_a_socket_is_no_hindrance(
-    data_dir: Path, kind: type[Postgres] | type[Valkey]
+def test_a_path_that_will_not_do_for_a_socket_is_no_hindrance(
+    data_dir: Path, kind: type[Postgres] | type[Valkey], name: str
 ) -> None:
-    deep = data_dir / ("deep" * 25)
+    deep = data_dir / name
     with running(kind(deep)) as server:
         elsewhere = server.socket.parent
         assert not elsewhere.is_relative_to(deep)

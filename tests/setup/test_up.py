@@ -25,6 +25,7 @@ from tests.setup.test_servers import wait_until
 
 LATER_START_MAX_S = 5.0
 RECOVERY_MAX_S = 15.0
+VICTIMS: tuple[Victim, ...] = ("postgres", "valkey", "worker", "web")
 WORKER_STOPPED = {"process": "worker", "event": "stopped"}
 
 
@@ -138,17 +139,22 @@ def test_after_a_sigkill_the_next_up_recovers(data_dir: Path) -> None:
             assert alive(family) == []
 
 
-@pytest.mark.parametrize("victim", ["postgres", "valkey", "worker", "web"])
-def test_a_child_that_is_killed_is_started_again(data_dir: Path, victim: Victim) -> None:
+def test_each_child_that_is_killed_is_started_again(data_dir: Path) -> None:
     with running_stack(data_dir) as stack:
-        before = {process.pid for process in stack.processes(victim)}
-        assert stack.kill(victim) > 0
-        wait_until(lambda: bool({each.pid for each in stack.processes(victim)} - before))
-        wait_until(lambda: serves(stack), RECOVERY_MAX_S)
-        assert "SIGKILL and is started again" in printed(stack)
+        for victim in VICTIMS:
+            kill_and_await_recovery(stack, victim)
+        assert printed(stack).count("SIGKILL and is started again") == len(VICTIMS)
         told = read_stack(data_dir)
         assert told is not None
-        assert [psutil.pid_exists(pid) for pid in told.pids[victim]] == [True]
+        assert set(told.pids) == set(VICTIMS)
+        assert all(psutil.pid_exists(pid) for (pid,) in told.pids.values())
+
+
+def kill_and_await_recovery(stack: Stack, victim: Victim) -> None:
+    before = {process.pid for process in stack.processes(victim)}
+    assert stack.kill(victim) > 0
+    wait_until(lambda: bool({each.pid for each in stack.processes(victim)} - before))
+    wait_until(lambda: serves(stack), RECOVERY_MAX_S)
 
 
 def serves(stack: Stack) -> bool:
