@@ -13,6 +13,8 @@ import commands
 import projections
 import queries
 import workers
+from projections.outbox import MAKE_BACKLOG, MAKE_BATCH
+from projections.parking import KEEP_WHOLE_BATCH
 
 ROOMS = (app, commands, projections, queries, workers)
 VERBS = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH", "VALUES")
@@ -46,21 +48,19 @@ def test_the_statements_are_found() -> None:
 async def test_every_statement_fits_the_schema(postgres_url: str) -> None:
     connection = await asyncpg.connect(postgres_url)
     try:
-        for prepare in PREPARATIONS:
-            await connection.execute(prepare)
+        await connection.execute("BEGIN")  # KEEP_WHOLE_BATCH makes a table for one transaction
+        for temporary in (MAKE_BATCH, MAKE_BACKLOG, KEEP_WHOLE_BATCH):
+            await connection.execute(temporary)
         wrong: list[str] = []
         for name, statement in STATEMENTS:
             try:
-                await connection.prepare(statement)
+                async with connection.transaction():
+                    await connection.prepare(statement)
             except asyncpg.PostgresError as error:
                 wrong.append(f"{name}: {error}")
         assert wrong == []
     finally:
         await connection.close()
-
-
-# Temporary tables that statements of the projection engine refer to.
-PREPARATIONS: tuple[str, ...] = ()
 
 
 async def test_a_wrong_column_is_noticed(postgres_url: str) -> None:
