@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 else:  # asyncpg's generics exist for the type checkers only
     Connection = Postgres = object
 
-# PostgreSQL's text takes no NUL, and no name or reason needs a control character.
-Text = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Sku = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-Location = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-Email = Annotated[str, Meta(max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]  # ISO 4217
+# PostgreSQL's text takes no NUL, and no name or reason needs a control character. Each pattern ends
+# with `$(?!\n)`, because Python's `$` alone also matches before a final newline.
+Text = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)")]
+Sku = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
+Location = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
+Email = Annotated[
+    str, Meta(max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$(?!\n)")
+]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$(?!\n)")]  # ISO 4217
 Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
 Cents = Annotated[int, Meta(ge=0, le=10**17)]  # minor units: 100 lines x 10^6 x 10^9
 UnitPrice = Annotated[int, Meta(ge=0, le=10**9)]  # minor units
