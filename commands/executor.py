@@ -398,12 +398,13 @@ class _Line:
 
 # Every statement of a command looks rows up by their keys. Left to itself the planner plans those
 # with array parameters anew each time (0.1 ms each, as much as running them), and while a table is
-# young and its statistics old it scans it.
+# young and its statistics old it scans it, or materializes all of it, and keeps that plan.
 PLAN_FOR_KEYS: Final = """
 SET plan_cache_mode = force_generic_plan;
 SET enable_seqscan = off;
 SET enable_hashjoin = off;
-SET enable_mergejoin = off
+SET enable_mergejoin = off;
+SET enable_material = off
 """
 
 # $1 owners, $2 keys, $3 bigint[] hashes of both; distinct, up to BATCH_MAX. Takes one advisory
