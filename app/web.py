@@ -47,7 +47,7 @@ from commands.adjust_stock import AdjustStock, adjust_stock_levels
 from commands.api_keys import find_principal
 from commands.cancel_order import CancelOrder, cancel_orders
 from commands.command import Command, Handle, Postgres, Principal
-from commands.executor import Executor
+from commands.executor import BATCHES_IN_FLIGHT, Executor
 from commands.place_order import PlaceOrder, place_orders
 from commands.rate_limit import Lease, lease
 from commands.register_customer import RegisterCustomer, register_customers
@@ -64,7 +64,7 @@ HANDLERS: Final[dict[type[Command], Handle]] = {
 }
 
 ASKERS: Final = 3  # connections for keys, leases and health reports
-COMMAND_CONNECTIONS: Final = len(HANDLERS) + ASKERS  # each executor keeps one
+COMMAND_CONNECTIONS: Final = len(HANDLERS) * BATCHES_IN_FLIGHT + ASKERS
 QUERY_CONNECTIONS: Final = 8
 ASK_TIMEOUT_S: Final = 1.0  # for a key or a lease, which a request waits for
 
