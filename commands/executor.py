@@ -35,6 +35,7 @@ from commands.refusals import key_reused
 # Batches of one kind under way: while PostgreSQL works on one, Python is at another. A third one
 # was measured to make them smaller and nothing faster.
 BATCHES_IN_FLIGHT: Final = 2
+CROWD: Final = 8  # commands that must wait before another batch is begun beside the first
 BATCH_MAX: Final = 64  # commands; at about 0.3 ms each a batch holds its locks for 20 ms
 QUEUE_MAX: Final = 1024  # commands waiting; at 4,000 per second the last one waits 0.25 s
 PATIENCE_S: Final = 5.0  # a command that could not finish by then is answered 503
@@ -166,6 +167,7 @@ class Executor(Generic[C]):
         self._observe = observe
         self._queue: deque[_Pending[C]] = deque()
         self._arrived = asyncio.Event()
+        self._crowded = asyncio.Event()
 
     @property
     def waiting(self) -> int:
@@ -183,24 +185,24 @@ class Executor(Generic[C]):
             raise Overloaded
         loop = asyncio.get_running_loop()
         pending = _Pending(submission, loop.create_future(), loop.time())
-        self._queue.append(pending)
-        self._arrived.set()
+        self._enqueue(pending)
         return await pending.answer
 
     async def run(self) -> None:
         """Serve until cancelled; a batch that has begun is finished first."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(BATCHES_IN_FLIGHT):
-                group.create_task(self._serve())
+            group.create_task(self._serve(self._arrived, at_least=1))
+            for _ in range(1, BATCHES_IN_FLIGHT):
+                group.create_task(self._serve(self._crowded, at_least=CROWD))
 
-    async def _serve(self) -> None:
-        """One batch after the other on one connection."""
+    async def _serve(self, called: asyncio.Event, *, at_least: int) -> None:
+        """One batch after the other on one connection, while `at_least` so many commands wait."""
         line = _Line(self._postgres)
         try:
             while True:
-                await self._arrived.wait()
-                self._arrived.clear()
-                while batch := self._take():
+                await called.wait()
+                called.clear()
+                while len(self._queue) >= at_least and (batch := self._take()):
                     begun = asyncio.create_task(self._finish(batch, line))
                     try:
                         await asyncio.shield(begun)
@@ -368,11 +370,13 @@ class Executor(Generic[C]):
         if loop.time() > pending.since + CLAIM_PATIENCE_S:
             pending.fail(InProgress())
         else:
-            loop.call_later(CLAIM_RETRY_S, self._again, pending)
+            loop.call_later(CLAIM_RETRY_S, self._enqueue, pending)
 
-    def _again(self, pending: _Pending[C]) -> None:
+    def _enqueue(self, pending: _Pending[C]) -> None:
         self._queue.append(pending)
         self._arrived.set()
+        if len(self._queue) >= CROWD:
+            self._crowded.set()
 
 
 class _Line:
