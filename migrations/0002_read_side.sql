@@ -58,23 +58,41 @@ CREATE TABLE stock_availability (
     PRIMARY KEY (sku, location)
 ) WITH (fillfactor = 50);
 
--- One row per read model and lane, which is also the fence between workers: whoever moves a read
--- model holds its row. `snapshot` is what the read table contains, exactly. While more is to be
--- applied than one batch holds, the events that `target` contains are applied as far as `last_id`.
--- `published` is what readers were told of.
-CREATE TABLE projection_checkpoints (
-    read_model text NOT NULL,
-    lane       smallint NOT NULL CHECK (lane BETWEEN 0 AND 15),
-    version    integer NOT NULL,                             -- of the read model's code
-    snapshot   pg_snapshot NOT NULL,
-    target     pg_snapshot,
-    last_id    bigint NOT NULL DEFAULT 0,
-    published  pg_snapshot NOT NULL,
-    system_id  bigint NOT NULL,                              -- pg_control_system(): refuses a restored copy
-    moved_at   timestamptz NOT NULL,                         -- time of `snapshot`
-    PRIMARY KEY (read_model, lane),
+-- The read models that are filled, by code of which version, and from which server's outbox.
+CREATE TABLE projection_models (
+    read_model text PRIMARY KEY,
+    version    integer NOT NULL,
+    system_id  bigint NOT NULL                               -- pg_control_system(): refuses a restored copy
+);
+
+-- Where they stand. Every batch writes one row for all lanes of all read models that it moved, and
+-- deletes the one that it found, so a turn costs the same with three read models and with thirty. Of
+-- a lane of a read model the newest row counts that names both. Whoever writes for it holds the
+-- advisory lock (hashtext('waybill:' || read_model), lane) until the end of the transaction, and a row
+-- is deleted by whoever holds all that it names. There is no index: a few rows are alive, and of the
+-- dead ones, which a stranger's open transaction preserves, an index would have an entry each.
+CREATE SEQUENCE projection_position_id;
+CREATE TABLE projection_positions (
+    position_id bigint NOT NULL DEFAULT nextval('projection_position_id'),
+    read_models text[] NOT NULL,
+    lanes       smallint[] NOT NULL,
+    snapshot    pg_snapshot NOT NULL,                        -- what the read tables contain, exactly
+    target      pg_snapshot,                                 -- while a backlog is paged: its end,
+    last_id     bigint NOT NULL DEFAULT 0,                   -- and the last event that is applied
+    published   pg_snapshot NOT NULL,                        -- what readers were told of
+    moved_at    timestamptz NOT NULL,
     CHECK (target IS NOT NULL OR last_id = 0)
-) WITH (fillfactor = 20);                                    -- 48 rows; every batch updates them, HOT
+);
+
+CREATE VIEW projection_checkpoints AS
+SELECT DISTINCT ON (read_model, lane)
+       read_model, lane, model.version, position.snapshot, position.target, position.last_id,
+       position.published, model.system_id, position.moved_at
+FROM projection_positions AS position
+CROSS JOIN unnest(position.read_models) AS read_model
+CROSS JOIN unnest(position.lanes) AS lane
+JOIN projection_models AS model USING (read_model)
+ORDER BY read_model, lane, position.position_id DESC;
 
 -- An aggregate with an event that cannot be applied waits here, and its later events with it.
 CREATE TABLE projection_parked (

@@ -1,66 +1,83 @@
 """How far each lane of each read model is, who may move it, and what became of those who tried."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final, TypeAlias
 
+import msgspec
 from msgspec import Struct
 
-from projections.outbox import Connection, Position
+from projections.outbox import LANES, Connection, Position
 
 Key: TypeAlias = tuple[str, int]  # (read model, lane)
 
-# $1 text[] read models and $2 integer[] the versions of their code. Locks the lanes that nobody
-# else holds until the transaction ends: this is the fence. Rows: one per read model and position,
-# with what was published, the lanes, and whether anything of the read model is parked.
-CLAIM: Final = """
-WITH held AS (
-    SELECT read_model, lane, snapshot::text, target::text, last_id, published::text
-    FROM projection_checkpoints
-    JOIN unnest($1::text[], $2::integer[]) AS wanted (read_model, version)
-         USING (read_model, version)
-    FOR UPDATE OF projection_checkpoints SKIP LOCKED
+# $1 text[] read models, $2 smallint[] lanes. Holds every pair that nobody else holds, until the
+# transaction ends: this is the fence. It is in memory, so looking costs neither WAL nor a
+# transaction id. Rows: one per read model, with the lanes.
+HOLD_FREE: Final = """
+SELECT read_model, array_agg(lane ORDER BY lane)
+FROM unnest($1::text[]) AS read_model, unnest($2::smallint[]) AS lane
+WHERE pg_try_advisory_xact_lock(hashtext('waybill:' || read_model), lane)
+GROUP BY read_model
+"""
+
+# $1 read model, $2 smallint[] lanes. Waits for whoever holds one of them, and holds them all until
+# the transaction ends. Rows: one per lane.
+HOLD: Final = """
+SELECT pg_advisory_xact_lock(hashtext('waybill:' || $1::text), lane)
+FROM unnest($2::smallint[]) AS lane
+"""
+
+# In a statement of its own after the locks, so that it sees what the last holder committed. Rows:
+# all positions, the oldest first, each with its address. The last column is the same in each: the
+# read models that are filled, their versions, and whether anything of them is parked.
+READ_POSITIONS: Final = """
+SELECT ctid::text, read_models, lanes, snapshot::text, target::text, last_id, published::text,
+       (SELECT jsonb_object_agg(read_model, jsonb_build_array(version, EXISTS (
+                   SELECT
+                   FROM projection_parked AS parked
+                   WHERE parked.read_model = model.read_model)))
+        FROM projection_models AS model)
+FROM projection_positions
+ORDER BY position_id
+"""
+
+# $1 tid[] rows to be deleted, all of whose keys are held; $2 how many they are; $3 jsonb, an array
+# of new rows. If a row was not there any more, somebody wrote without holding it: then `moved_at`
+# is null, and the transaction fails.
+REPLACE_POSITIONS: Final = """
+WITH gone AS (
+    DELETE FROM projection_positions
+    WHERE ctid = ANY ($1::text[]::tid[])
+    RETURNING position_id
 )
-SELECT read_model, snapshot, target, last_id, array_agg(DISTINCT published),
-       array_agg(lane ORDER BY lane),
-       EXISTS (SELECT FROM projection_parked AS parked WHERE parked.read_model = held.read_model)
-FROM held
-GROUP BY read_model, snapshot, target, last_id
+INSERT INTO projection_positions (read_models, lanes, snapshot, target, last_id, published,
+                                  moved_at)
+SELECT read_models, lanes, snapshot::pg_snapshot, target::pg_snapshot, last_id,
+       published::pg_snapshot, CASE WHEN (SELECT count(*) FROM gone) = $2::integer THEN now() END
+FROM jsonb_to_recordset($3::jsonb) AS position (
+    read_models text[], lanes smallint[], snapshot text, target text, last_id bigint,
+    published text)
 """
 
-# $1 read model, $2 lane, $3 version of the code. Locks it until the transaction ends, or finds no
-# row because somebody else does.
-CLAIM_LANE: Final = """
-SELECT snapshot::text, target::text, last_id, published::text
-FROM projection_checkpoints
-WHERE read_model = $1 AND lane = $2 AND version = $3
-FOR UPDATE SKIP LOCKED
-"""
-
-# $1 text[] read models, $2 smallint[] lanes: every pair is held. $3 snapshot, $4 target or null,
-# $5 last id, $6 whether readers were told of the position before: then `published` follows.
-MOVE: Final = """
-UPDATE projection_checkpoints
-SET snapshot = $3::pg_snapshot, target = $4::pg_snapshot, last_id = $5::bigint,
-    published = CASE WHEN $6::boolean THEN snapshot ELSE published END, moved_at = now()
-WHERE read_model = ANY ($1::text[]) AND lane = ANY ($2::smallint[])
-"""
-
-# $1 text[], $2 smallint[], $3 text[]: read models, lanes and the snapshots that readers were told
-# of, row by row. Leaves alone what has moved since, or is being moved.
-MARK_PUBLISHED: Final = """
-WITH standing AS (
-    SELECT read_model, lane
-    FROM projection_checkpoints
-    JOIN unnest($1::text[], $2::smallint[], $3::text[]) AS told (read_model, lane, snapshot)
-         USING (read_model, lane)
-    WHERE projection_checkpoints.snapshot::text = told.snapshot
-      AND projection_checkpoints.published::text <> told.snapshot AND target IS NULL
-    FOR UPDATE OF projection_checkpoints SKIP LOCKED
-)
-UPDATE projection_checkpoints AS checkpoint
-SET published = snapshot
-FROM standing
-WHERE checkpoint.read_model = standing.read_model AND checkpoint.lane = standing.lane
+# $1 text[] read models, $2 whether anybody tells readers. One row: whether something is not
+# applied, or perhaps not told. Writes nothing, while a turn takes a transaction id even if it finds
+# nothing: emptying a temporary table at its end does.
+IS_BEHIND: Final = """
+SELECT EXISTS (
+    SELECT
+    FROM projection_checkpoints AS checkpoint
+    WHERE read_model = ANY ($1::text[])
+      AND (target IS NOT NULL
+           OR ($2::boolean AND published::text <> snapshot::text)
+           OR EXISTS (
+                  SELECT
+                  FROM outbox
+                  WHERE lane = checkpoint.lane AND xid >= pg_snapshot_xmax(checkpoint.snapshot))
+           OR EXISTS (
+                  SELECT
+                  FROM outbox
+                  WHERE lane = checkpoint.lane
+                    AND xid = ANY (ARRAY(SELECT pg_snapshot_xip(checkpoint.snapshot))))))
 """
 
 # $1 text[] and $2 smallint[]: read models and lanes, row by row, all held. Rows: each, with the
@@ -97,11 +114,11 @@ SET alone_until = $3::bigint, alone_id = $4::bigint,
 WHERE read_model = $1 AND lane = $2
 """
 
-# $1 bigint: this server. One row: the identifier of another one that a checkpoint was made with, or
-# null.
+# $1 bigint: this server. One row: the identifier of another one that a read model was filled from,
+# or null.
 FOREIGN_SYSTEM: Final = """
 SELECT min(system_id)
-FROM projection_checkpoints
+FROM projection_models
 WHERE system_id <> $1
 """
 
@@ -110,18 +127,37 @@ class ForeignCheckpointError(Exception):
     """The checkpoints are of another PostgreSQL, whose transaction ids mean nothing here."""
 
 
+class Row(Struct, frozen=True):
+    """One row of projection_positions."""
+
+    tid: str
+    models: tuple[str, ...]
+    lanes: tuple[int, ...]
+    at: Position
+    published: str
+
+    @property
+    def keys(self) -> list[Key]:
+        return [(model, lane) for model in self.models for lane in self.lanes]
+
+
 class Claim(Struct, frozen=True):
     """Lanes of read models that stand at one position, held until the transaction ends."""
 
     models: tuple[str, ...]
     lanes: tuple[int, ...]
     at: Position
-    published: frozenset[str]  # snapshots that readers were told of, one or another
-    has_parked: bool = False
+    published: dict[Key, str]  # the snapshots that readers were told of
+    has_parked: bool
 
-    @property
-    def keys(self) -> list[Key]:
-        return [(model, lane) for model in self.models for lane in self.lanes]
+
+class Held(Struct, frozen=True):
+    """What a transaction holds, and where everything stands."""
+
+    claims: list[Claim]
+    keys: frozenset[Key]
+    rows: list[Row]
+    newest: dict[Key, Row]
 
 
 class Lonely(Struct, frozen=True):
@@ -132,50 +168,93 @@ class Lonely(Struct, frozen=True):
     tries: int
 
 
-async def claim(connection: Connection, versions: Mapping[str, int]) -> list[Claim]:
+async def claim(
+    connection: Connection,
+    versions: Mapping[str, int],
+    *,
+    lanes: Collection[int] = range(LANES),
+    leaving: Collection[Key] = (),
+) -> Held:
     """Hold every lane of these read models that is free, at the version of the code.
 
     Read models that stand at one position with the same lanes come together: they share a batch.
+    Keys that are to be left where they are stand in no claim.
     """
-    cursor = await connection.execute(CLAIM, [list(versions), list(versions.values())])
-    claims: dict[tuple[Position, tuple[int, ...]], Claim] = {}
-    for model, snapshot, target, last_id, published, lanes, has_parked in await cursor.fetchall():
-        at, where = Position(snapshot, target, last_id), tuple(lanes)
-        known = claims.get((at, where)) or Claim((), where, at, frozenset())
-        claims[at, where] = Claim(
-            (*known.models, model),
-            where,
+    free = await connection.execute(HOLD_FREE, [list(versions), list(lanes)])
+    positions = await connection.execute(READ_POSITIONS)
+    free_lanes: list[tuple[str, list[int]]] = await free.fetchall()
+    rows: list[Row] = []
+    filled: dict[str, tuple[int, bool]] = {}
+    for tid, named, in_lanes, *at, published, models in await positions.fetchall():
+        rows.append(Row(tid, tuple(named), tuple(in_lanes), Position(*at), published))
+        filled = models
+    newest = {key: row for row in rows for key in row.keys}
+    keys = [
+        (name, lane)
+        for name, held in free_lanes
+        if filled.get(name, (None, False))[0] == versions[name]
+        for lane in held
+    ]
+    standing: dict[Position, list[Key]] = {}
+    for key in keys:
+        if key not in leaving:
+            standing.setdefault(newest[key].at, []).append(key)
+    claims = [
+        Claim(
+            named,
+            in_lanes,
             at,
-            known.published.union(published),
-            known.has_parked or has_parked,
+            {(name, lane): newest[name, lane].published for name in named for lane in in_lanes},
+            any(filled[name][1] for name in named),
         )
-    return list(claims.values())
+        for at, together in standing.items()
+        for named, in_lanes in _together(together)
+    ]
+    return Held(claims, frozenset(keys), rows, newest)
 
 
-async def claim_lane(connection: Connection, key: Key, version: int) -> Claim | None:
-    """Hold one lane of one read model, unless somebody else does."""
-    cursor = await connection.execute(CLAIM_LANE, [*key, version])
+async def is_behind(connection: Connection, models: Iterable[str], *, announcing: bool) -> bool:
+    """Whether there is anything to apply or to tell. The outbox is on this server."""
+    cursor = await connection.execute(IS_BEHIND, [list(models), announcing])
     row = await cursor.fetchone()
-    if row is None:
-        return None
-    snapshot, target, last_id, published = row
-    model, lane = key
-    return Claim((model,), (lane,), Position(snapshot, target, last_id), frozenset([published]))
+    return row is not None and bool(row[0])
 
 
-async def move(connection: Connection, held: Claim, to: Position, *, is_told: bool) -> None:
-    """Let the held lanes stand at another position."""
-    await connection.execute(
-        MOVE,
-        [list(held.models), list(held.lanes), to.snapshot, to.target, to.last_id, is_told],
-    )
+async def move(
+    connection: Connection, held: Held, moved: Mapping[Key, tuple[Position, str]]
+) -> None:
+    """Let held lanes stand elsewhere: each with its position, and what was published.
+
+    Rows that say nothing any more are deleted, as far as all that they name is held.
+    """
+    standing: dict[tuple[Position, str], list[Key]] = {}
+    for key, stands in moved.items():
+        standing.setdefault(stands, []).append(key)
+    gone = [
+        row.tid
+        for row in held.rows
+        if held.keys.issuperset(row.keys)
+        and all(key in moved or held.newest[key] is not row for key in row.keys)
+    ]
+    rows = [
+        {
+            "read_models": named,
+            "lanes": lanes,
+            "snapshot": at.snapshot,
+            "target": at.target,
+            "last_id": at.last_id,
+            "published": published,
+        }
+        for (at, published), keys in standing.items()
+        for named, lanes in _together(keys)
+    ]
+    arguments = [gone, len(gone), msgspec.json.encode(rows).decode()]
+    await connection.execute(REPLACE_POSITIONS, arguments)
 
 
-async def mark_published(connection: Connection, told: Mapping[Key, Position]) -> None:
-    """Note what readers were told of, as far as it still stands. Owns its transaction."""
-    whole = {key: at.snapshot for key, at in told.items() if at.target is None}
-    models, lanes = _columns(whole)
-    await connection.execute(MARK_PUBLISHED, [models, lanes, list(whole.values())])
+async def hold(connection: Connection, model: str) -> None:
+    """Hold all lanes of a read model until the transaction ends; waits for whoever moves them."""
+    await connection.execute(HOLD, [model, list(range(LANES))])
 
 
 async def start(connection: Connection, keys: Collection[Key]) -> dict[Key, int]:
@@ -185,7 +264,7 @@ async def start(connection: Connection, keys: Collection[Key]) -> dict[Key, int]
 
 
 async def finish(connection: Connection, keys: Collection[Key]) -> None:
-    """A batch was applied in these lanes, which are held: what was started is finished."""
+    """A batch was applied in these lanes: what was started is finished."""
     await connection.execute(FINISH, _columns(keys))
 
 
@@ -215,6 +294,17 @@ async def refuse_foreign(connection: Connection, system_id: int) -> None:
             f"the read models were projected from the PostgreSQL with system identifier {foreign}, "
             f"this one is {system_id}: rebuild them with `projections rebuild --all`"
         )
+
+
+def _together(keys: Iterable[Key]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Read models and lanes such that every pair of them is a key; as few as is easy."""
+    lanes: dict[str, list[int]] = {}
+    for model, lane in keys:
+        lanes.setdefault(model, []).append(lane)
+    models: dict[tuple[int, ...], list[str]] = {}
+    for model, standing in lanes.items():
+        models.setdefault(tuple(standing), []).append(model)
+    return [(tuple(named), standing) for standing, named in models.items()]
 
 
 def _columns(keys: Collection[Key]) -> tuple[list[str], list[int]]:

@@ -14,7 +14,7 @@ the lane's events are applied one by one, and one that kills three times more is
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from time import monotonic, time_ns
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 import psycopg
 import structlog
@@ -22,8 +22,8 @@ from msgspec import Struct, structs
 from psycopg.errors import QueryCanceled
 
 from projections import checkpoints, parking
-from projections.checkpoints import Claim, Key
-from projections.outbox import LANES, Batch, Connection, Outbox, Position
+from projections.checkpoints import Claim, Held, Key
+from projections.outbox import Batch, Connection, Outbox, Position
 from projections.parking import Parked, ReadModelFaultError
 from projections.read_model import EVENT_TYPES, ReadModel
 
@@ -35,6 +35,8 @@ DEATHS_MAX: Final = 3
 ALONE_TRIES_MAX: Final = 3
 REST_S: Final = 5.0  # before a read model that failed as a whole is tried again
 
+
+Moves: TypeAlias = dict[Key, tuple[Position, str]]  # where to, and what was published
 
 log = structlog.get_logger(__name__)
 
@@ -85,11 +87,12 @@ class Projector:
         self._started: set[Key] = set()
         self._unfinished: set[Key] = set()
         self._lonely: list[Key] = []  # lanes whose events are applied one by one
-        self._stands: dict[Key, str] = {}  # snapshots, as far as we know
+        self._is_lonely_turn = False  # they and the others take turns
         self._told: dict[Key, Position] = {}
         self._all_told = False
         self._is_marked = True
         self._resting: dict[str, float] = {}
+        self._began_ns = 0  # of the transaction, since 1970
         self.events_max = EVENTS_MAX
         self.announcing = True
         self.has_more = False
@@ -104,26 +107,21 @@ class Projector:
         await self._outbox.open()
         return self
 
-    async def __aexit__(self, fault: type[BaseException] | None, *_: object) -> None:
-        """Leave the session as it was; and, without a fault, what was started as finished."""
+    async def __aexit__(self, *_: object) -> None:
+        """Leave the session as it was, and what was started as finished: nobody has died."""
         if self._read.closed:
             return
-        if fault is None:
+        try:
             await self.mark_published()
             await checkpoints.finish(self._read, self._unfinished - set(self._lonely))
-        await self._outbox.close()
+        finally:
+            await self._outbox.close()
 
-    async def sweep(self) -> list[Applied]:
-        """As `project`, if there is anything to do; if not, write nothing."""
-        if len(self._stands) < LANES * len(self._models) or self._lonely or self._all_told:
-            return await self.project()
-        lanes: dict[str, set[int]] = {}
-        for (_, lane), snapshot in self._stands.items():
-            lanes.setdefault(snapshot, set()).add(lane)
-        for snapshot, standing in lanes.items():
-            if await self._outbox.has_news(snapshot, standing):
-                return await self.project()
-        return []
+    async def is_behind(self) -> bool:
+        """Whether a turn would find anything, as far as that can be seen without taking one."""
+        if self._outbox.is_remote or self._lonely or self._all_told:
+            return True
+        return await checkpoints.is_behind(self._read, self._versions(), announcing=self.announcing)
 
     async def project(self, *, move_anyway: bool = False) -> list[Applied]:
         """Take one batch and apply it, in the lanes that nobody else holds.
@@ -136,13 +134,16 @@ class Projector:
             UnknownEventError: nothing was done.
         """
         self.has_more = False
-        applied = await self._apply_one_alone() if self._lonely else []
+        self._is_lonely_turn = bool(self._lonely) and not self._is_lonely_turn
+        if self._is_lonely_turn:
+            return await self._apply_one_alone()
+        self.has_more = bool(self._lonely)
         try:
-            applied += await self._take_turn(move_anyway=move_anyway, with_care=False)
+            applied = await self._take_turn(move_anyway=move_anyway, with_care=False)
         except (psycopg.Error, _CareError) as error:
             if isinstance(error, psycopg.Error) and self._is_passing(error):
                 raise
-            applied += await self._take_turn(move_anyway=move_anyway, with_care=True)
+            applied = await self._take_turn(move_anyway=move_anyway, with_care=True)
         self.events_max = min(EVENTS_MAX, 2 * self.events_max)
         return applied
 
@@ -162,37 +163,46 @@ class Projector:
         Raises:
             psycopg.Error: nothing was done; it may be left to the next batch.
         """
-        if not self._is_marked:
-            await checkpoints.mark_published(self._read, self._told)
-            self._is_marked = True
+        if self._is_marked:
+            return
+        async with self._transaction():
+            held = await checkpoints.claim(self._read, self._versions())
+            told = {
+                key: (at, at.snapshot)
+                for key in held.keys
+                if (at := held.newest[key].at) == self._told.get(key) and at.target is None
+            }
+            if any(held.newest[key].published != at.snapshot for key, (at, _) in told.items()):
+                await checkpoints.move(self._read, held, told)
+        self._is_marked = True
 
     async def _take_turn(self, *, move_anyway: bool, with_care: bool) -> list[Applied]:
         applied: list[Applied] = []
+        moved: Moves = {}
         async with self._transaction(is_pipelined=not (with_care or self._outbox.is_remote)):
-            held = await checkpoints.claim(self._read, self._versions())
-            if new := {key for each in held for key in each.keys} - self._started:
+            held = await checkpoints.claim(self._read, self._versions(), leaving=self._lonely)
+            if new := held.keys - self._started:
                 await self._start(new)
                 return applied
-            self._note(held)
-            claims = [rest for each in held if (rest := self._without_lonely(each))]
+            self._believe(held)
             target: str | None = None
-            for number, claim in enumerate(claims):
+            for number, claim in enumerate(held.claims):
                 if number:
                     await self._outbox.empty()
                 if self.announcing and not self._is_told(claim):
                     applied += await self._collect_again(claim)
-                batch = await self._take(claim, target)
+                batch = await self._take(claim, target, self.events_max)
                 if claim.at.target is None:
                     # All that move in this turn move to one snapshot, and are together again.
                     target = batch.reaches.target or batch.reaches.snapshot
-                if batch.events or move_anyway or len(claims) > 1:
-                    applied.append(await self._apply(claim, batch, with_care=with_care))
-        for each in applied:
-            self._unfinished.difference_update(each.keys)
-            self._stands |= dict.fromkeys(each.keys, each.reaches.snapshot)
+                is_on_its_way = claim.at.target is not None  # perhaps only the arrival is left
+                if batch.events or is_on_its_way or move_anyway or len(held.claims) > 1:
+                    applied.append(await self._apply(claim, batch, moved, with_care=with_care))
+            await self._move(held, moved)
+        self._unfinished -= moved.keys()
         return applied
 
-    async def _start(self, keys: set[Key]) -> None:
+    async def _start(self, keys: frozenset[Key]) -> None:
         """Count a start in each lane. It must be committed before anything is applied there."""
         for key, unfinished in (await checkpoints.start(self._read, keys)).items():
             if unfinished >= DEATHS_MAX:
@@ -201,25 +211,19 @@ class Projector:
         self._unfinished |= keys
         self.has_more = True
 
-    def _note(self, held: list[Claim]) -> None:
-        for claim in held:
-            self._stands |= dict.fromkeys(claim.keys, claim.at.snapshot)
-            if self._all_told:
-                self._told |= dict.fromkeys(claim.keys, claim.at)
+    def _believe(self, held: Held) -> None:
+        """Readers forgot everything: nothing that is applied is news to them."""
         if self._all_told:
+            self._told |= {key: held.newest[key].at for key in held.keys}
             self._all_told = self._is_marked = False
-
-    def _without_lonely(self, claim: Claim) -> Claim | None:
-        """Leave out the lanes whose events are applied one by one."""
-        lonely = {lane for model, lane in self._lonely if model in claim.models}
-        lanes = tuple(lane for lane in claim.lanes if lane not in lonely)
-        return structs.replace(claim, lanes=lanes) if lanes else None
 
     def _is_told(self, claim: Claim) -> bool:
         """Whether readers know what is applied at the position where the lanes stand."""
-        if claim.at.target is None and claim.published == frozenset([claim.at.snapshot]):
+        if claim.at.target is None and all(
+            snapshot == claim.at.snapshot for snapshot in claim.published.values()
+        ):
             return True
-        return all(self._told.get(key) == claim.at for key in claim.keys)
+        return all(self._told.get(key) == claim.at for key in claim.published)
 
     async def _collect_again(self, claim: Claim) -> list[Applied]:
         """What readers may not have been told of, if whoever applied it died too soon.
@@ -227,7 +231,7 @@ class Projector:
         It stands at the position only with the last of them.
         """
         again: list[Applied] = []
-        for published in sorted(claim.published):
+        for published in sorted(set(claim.published.values())):
             batch, _ = await self._outbox.take_all(
                 published,
                 claim.lanes,
@@ -235,29 +239,43 @@ class Projector:
                 events_max=EVENTS_MAX,
             )
             await self._outbox.empty()
-            again.append(Applied((), (), claim.at, batch, time_ns(), is_again=True))
+            again.append(Applied((), (), claim.at, batch, self._began_ns, is_again=True))
         again[-1] = structs.replace(again[-1], models=claim.models, lanes=claim.lanes)
         return again
 
-    async def _take(self, claim: Claim, target: str | None) -> Batch:
-        batch = await self._outbox.take(
-            claim.at, claim.lanes, target=target, events_max=self.events_max
-        )
+    async def _take(self, claim: Claim, target: str | None, events_max: int) -> Batch:
+        batch = await self._outbox.take(claim.at, claim.lanes, target=target, events_max=events_max)
         if unknown := batch.types - EVENT_TYPES:
             raise UnknownEventError(f"this worker is too old to know {', '.join(sorted(unknown))}")
         # A target that is reached was set some time ago.
         self.has_more |= batch.reaches.target is not None or claim.at.target is not None
         return batch
 
-    async def _apply(self, claim: Claim, batch: Batch, *, with_care: bool) -> Applied:
-        """Apply a batch to the read models that listen, and move them all."""
-        began_ns = time_ns()
+    async def _apply(self, claim: Claim, batch: Batch, moved: Moves, *, with_care: bool) -> Applied:
+        """Apply a batch to the read models that listen, and say where they all stand then."""
         parked: list[Parked] = []
         if with_care:
             claim, parked = await self._apply_with_care(claim, batch)
         else:
             await self._apply_at_once(claim, batch)
-        return await self._move(claim, batch, began_ns, parked)
+        return self._applied(claim, batch, moved, parked)
+
+    def _applied(
+        self, claim: Claim, batch: Batch, moved: Moves, parked: Sequence[Parked]
+    ) -> Applied:
+        # What readers were told of is written down with the next batch, so it costs nothing.
+        is_told = self._is_told(claim)
+        for key, published in claim.published.items():
+            moved[key] = (batch.reaches, claim.at.snapshot if is_told else published)
+        return Applied(
+            claim.models, claim.lanes, batch.reaches, batch, self._began_ns, tuple(parked)
+        )
+
+    async def _move(self, held: Held, moved: Moves) -> None:
+        if moved:
+            await checkpoints.move(self._read, held, moved)
+        if unfinished := self._unfinished.intersection(moved) - set(self._lonely):
+            await checkpoints.finish(self._read, unfinished)
 
     async def _apply_at_once(self, claim: Claim, batch: Batch) -> None:
         listening = [name for name in claim.models if self._events[name] & batch.types]
@@ -289,47 +307,51 @@ class Projector:
                 else:
                     self._rest(name, error)
         await parking.drop_whole_batch(self._read)
-        return structs.replace(claim, models=tuple(sound)), parked
-
-    async def _move(
-        self, claim: Claim, batch: Batch, began_ns: int, parked: Sequence[Parked] = ()
-    ) -> Applied:
-        await checkpoints.move(self._read, claim, batch.reaches, is_told=self._is_told(claim))
-        if unfinished := self._unfinished.intersection(claim.keys) - set(self._lonely):
-            await checkpoints.finish(self._read, unfinished)
-        return Applied(claim.models, claim.lanes, batch.reaches, batch, began_ns, tuple(parked))
+        moving = {key: told for key, told in claim.published.items() if key[0] in sound}
+        return structs.replace(claim, models=tuple(sound), published=moving), parked
 
     async def _apply_one_alone(self) -> list[Applied]:
         """Apply the next event of a lane where workers died, and note beforehand that we try."""
-        self.has_more = True
         key = self._lonely[0]
         self._lonely = [*self._lonely[1:], key]
-        model = self._models[key[0]]
         async with self._transaction():
-            claim = await checkpoints.claim_lane(self._read, key, model.version)
+            held, claim = await self._claim_lane(key)
             if claim is None:
                 return []
-            claim, until = await self._hold_together(claim, key)
-            batch = await self._take_one(claim)
+            self.has_more = True
+            moved: Moves = {}
+            claim, until = await self._stand_apart(claim, key, moved)
+            batch = await self._take(claim, None, 1)
             if batch.events == 0 or batch.last_id > until:
                 await checkpoints.finish(self._read, [key])
                 self._lonely.remove(key)
-                return []
-            alone = await checkpoints.read_alone(self._read, key)
-            if alone.tried == batch.last_id and alone.tries >= ALONE_TRIES_MAX:
-                await parking.keep_whole_batch(self._read)
-                error = f"applying it ended the worker {alone.tries} times"
-                parked = [await parking.park_only_event(self._read, model, error)]
-                return [await self._move(claim, batch, time_ns(), parked)]
-            await checkpoints.try_alone(self._read, key, until=until, event_id=batch.last_id)
-        async with self._transaction():
-            again = await checkpoints.claim_lane(self._read, key, model.version)
-            if again is None or again.at != claim.at:
-                return []
-            batch = await self._take_one(again)
-            return [await self._apply(again, batch, with_care=True)]
+            elif (parked := await self._park_if_tried(key, batch)) is not None:
+                applied = self._applied(claim, batch, moved, [parked])
+                await self._move(held, moved)
+                return [applied]
+            else:
+                await checkpoints.try_alone(self._read, key, until=until, event_id=batch.last_id)
+            await self._move(held, moved)
+        return await self._apply_next_of(key, claim) if key in self._lonely else []
 
-    async def _hold_together(self, claim: Claim, key: Key) -> tuple[Claim, int]:
+    async def _apply_next_of(self, key: Key, before: Claim) -> list[Applied]:
+        async with self._transaction():
+            held, claim = await self._claim_lane(key)
+            if claim is None or claim.at != before.at:
+                return []
+            moved: Moves = {}
+            batch = await self._take(claim, None, 1)
+            applied = await self._apply(claim, batch, moved, with_care=True)
+            await self._move(held, moved)
+        return [applied]
+
+    async def _claim_lane(self, key: Key) -> tuple[Held, Claim | None]:
+        name, lane = key
+        versions = {name: self._models[name].version}
+        held = await checkpoints.claim(self._read, versions, lanes=[lane])
+        return held, held.claims[0] if held.claims else None
+
+    async def _stand_apart(self, claim: Claim, key: Key, moved: Moves) -> tuple[Claim, int]:
         """Let the lane stand on the way to a target, and say up to which id it goes alone.
 
         That is as far as the batch reached which ended the worker, or farther.
@@ -337,17 +359,22 @@ class Projector:
         alone = await checkpoints.read_alone(self._read, key)
         if alone.until is not None:
             return claim, alone.until
-        batch = await self._outbox.take(claim.at, claim.lanes, target=None, events_max=EVENTS_MAX)
+        batch = await self._take(claim, None, EVENTS_MAX)
         await self._outbox.empty()
         if claim.at.target is None:
             target = batch.reaches.target or batch.reaches.snapshot
-            at = Position(claim.at.snapshot, target)
-            await checkpoints.move(self._read, claim, at, is_told=self._is_told(claim))
-            claim = structs.replace(claim, at=at)
+            claim = structs.replace(claim, at=Position(claim.at.snapshot, target))
+            moved[key] = (claim.at, claim.published[key])
         return claim, batch.last_id
 
-    async def _take_one(self, claim: Claim) -> Batch:
-        return await self._outbox.take(claim.at, claim.lanes, target=None, events_max=1)
+    async def _park_if_tried(self, key: Key, batch: Batch) -> Parked | None:
+        """Park the one event of the batch if it has ended the worker often enough."""
+        alone = await checkpoints.read_alone(self._read, key)
+        if alone.tried != batch.last_id or alone.tries < ALONE_TRIES_MAX:
+            return None
+        await parking.keep_whole_batch(self._read)
+        error = f"applying it ended the worker {alone.tries} times"
+        return await parking.park_only_event(self._read, self._models[key[0]], error)
 
     def _versions(self) -> dict[str, int]:
         """The read models that do not rest."""
@@ -375,6 +402,7 @@ class Projector:
 
         psycopg's own block would wait for the server at its beginning and twice at its end.
         """
+        self._began_ns = time_ns()
         try:
             async with self._read.pipeline() if is_pipelined else nullcontext():
                 await self._read.execute("BEGIN")

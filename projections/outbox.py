@@ -9,7 +9,7 @@ there. Where they are not, its rows are copied through this process, never decod
 that was measured to cost four times as much (1.5 against 6 ms of CPU per 550 events).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final, LiteralString, TypeAlias
 
@@ -167,19 +167,6 @@ EMPTY_BATCH: Final = """
 DELETE FROM batch
 """
 
-# $1 base, $2 smallint[] lanes. One row: whether anything was committed since.
-HAS_NEWS: Final = """
-SELECT EXISTS (
-           SELECT
-           FROM outbox
-           WHERE lane = ANY ($2::smallint[]) AND xid >= pg_snapshot_xmax($1::pg_snapshot))
-    OR EXISTS (
-           SELECT
-           FROM outbox
-           WHERE lane = ANY ($2::smallint[])
-             AND xid = ANY (ARRAY(SELECT pg_snapshot_xip($1::pg_snapshot))))
-"""
-
 SYSTEM_IDENTIFIER: Final = """
 SELECT system_identifier
 FROM pg_control_system()
@@ -279,10 +266,6 @@ class Outbox:
     async def system_identifier(self) -> int:
         """Which server's transaction ids the outbox has."""
         return int(await _value(self._write, SYSTEM_IDENTIFIER))
-
-    async def has_news(self, base: str, lanes: Collection[int]) -> bool:
-        """Whether any event of these lanes became visible since that snapshot. Writes nothing."""
-        return bool(await _value(self._write, HAS_NEWS, [base, list(lanes)]))
 
     async def take(
         self, at: Position, lanes: Sequence[int], *, target: str | None, events_max: int

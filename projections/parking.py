@@ -11,6 +11,7 @@ from typing import Final
 import psycopg
 from msgspec import Struct
 
+from projections.checkpoints import hold
 from projections.outbox import EMPTY_BATCH, Connection, Outbox
 from projections.read_model import ReadModel
 
@@ -100,16 +101,6 @@ JOIN projection_parked AS parked USING (aggregate_id)
 WHERE parked.read_model = $1 AND whole_batch.type = ANY ($2::text[])
   AND whole_batch.id >= parked.event_id
 ON CONFLICT DO NOTHING
-"""
-
-# $1 read model. Waits for whoever moves one of its lanes, and holds them all until the transaction
-# ends, so that nothing is applied or queued meanwhile. Rows: one per lane.
-HOLD_LANES: Final = """
-SELECT lane
-FROM projection_checkpoints
-WHERE read_model = $1
-ORDER BY lane
-FOR UPDATE
 """
 
 # $1 read model, $2 aggregate. One row, or none when it is not parked.
@@ -300,7 +291,7 @@ async def _retry(
     read: Connection, outbox: Outbox, model: ReadModel, aggregate_id: str, *, skip_first: bool
 ) -> Parked | None:
     async with read.transaction():
-        await read.execute(HOLD_LANES, [model.name])
+        await hold(read, model.name)
         cursor = await read.execute(READ_PARKED, [model.name, aggregate_id])
         row = await cursor.fetchone()
         if row is None:
@@ -328,7 +319,7 @@ async def rederive(read: Connection, model: ReadModel, aggregate_id: str) -> Non
     transaction.
     """
     async with read.transaction():
-        await read.execute(HOLD_LANES, [model.name])
+        await hold(read, model.name)
         await read.execute(model.clear, [[aggregate_id]])
         await read.execute(model.bootstrap, [[aggregate_id]])
         await read.execute(UNPARK, [model.name, aggregate_id])

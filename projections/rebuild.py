@@ -9,8 +9,9 @@ the commit.
 from collections.abc import Iterable
 from typing import Final
 
+from projections.checkpoints import hold
 from projections.outbox import LANES, Connection
-from projections.parking import HOLD_LANES, UNPARK
+from projections.parking import UNPARK
 from projections.read_model import ReadModel
 
 # Filling takes as long as it takes; whoever holds a lane holds it for one batch.
@@ -22,40 +23,44 @@ SET LOCAL lock_timeout = '30s'
 
 # $1 read model. One row: whether nobody else fills it. Held until the transaction ends.
 LOCK_FILLING: Final = """
-SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))
+SELECT pg_try_advisory_xact_lock(hashtext('waybill: fill'), hashtext($1))
 """
 
-# $1 read model. One row: the version that its rows are of, or null.
+# $1 read model. One row, or none.
 FILLED_VERSION: Final = """
-SELECT min(version)
-FROM projection_checkpoints
+SELECT version
+FROM projection_models
 WHERE read_model = $1
 """
 
-# $1 read model, $2 number of lanes, $3 version, $4 snapshot. Readers of a table that was empty
-# know nothing, so nothing is left to be published; others are told to forget everything.
-SET_CHECKPOINTS: Final = """
-INSERT INTO projection_checkpoints (read_model, lane, version, snapshot, published, system_id,
-                                    moved_at)
-SELECT $1::text, lane, $3::integer, $4::pg_snapshot, $4::pg_snapshot, system_identifier, now()
-FROM generate_series(0, $2::integer - 1) AS lane, pg_control_system()
-ON CONFLICT (read_model, lane) DO UPDATE
-SET version = excluded.version, snapshot = excluded.snapshot, target = NULL, last_id = 0,
-    published = excluded.published, system_id = excluded.system_id, moved_at = excluded.moved_at
+# $1 read model, $2 version.
+SET_VERSION: Final = """
+INSERT INTO projection_models (read_model, version, system_id)
+SELECT $1::text, $2::integer, system_identifier
+FROM pg_control_system()
+ON CONFLICT (read_model) DO UPDATE SET version = excluded.version, system_id = excluded.system_id
+"""
+
+# $1 read model, $2 smallint[] all lanes, $3 snapshot. Readers of a table that was empty know
+# nothing, so nothing is left to be published; others are told to forget everything.
+SET_POSITION: Final = """
+INSERT INTO projection_positions (read_models, lanes, snapshot, published, moved_at)
+VALUES (ARRAY[$1::text], $2::smallint[], $3::pg_snapshot, $3::pg_snapshot, now())
 """
 
 # $1 read model.
 FORGET_ATTEMPTS: Final = """
-DELETE FROM projection_attempts
+UPDATE projection_attempts
+SET finished = started, alone_until = NULL, alone_id = NULL, alone_tries = 0
 WHERE read_model = $1
 """
 
 
 # Transaction ids of another server may lie in this one's future: they are set to the oldest that
-# there is, which every snapshot contains. One row: how many checkpoints are of another server.
+# there is, which every snapshot contains. One row: how many read models are of another server.
 COUNT_FOREIGN: Final = """
 SELECT count(*)
-FROM projection_checkpoints
+FROM projection_models
 WHERE system_id <> (SELECT system_identifier FROM pg_control_system())
 """
 REANCHOR_OUTBOX: Final = """
@@ -85,24 +90,29 @@ async def reanchor(connection: Connection) -> bool:
     return True
 
 
-async def fill_missing(connection: Connection, models: Iterable[ReadModel]) -> list[ReadModel]:
+async def fill_missing(
+    connection: Connection, models: Iterable[ReadModel]
+) -> tuple[list[ReadModel], list[ReadModel]]:
     """Fill the read models that never were, or whose code is newer than their rows.
 
-    Returns those that had rows before, which readers must forget. One that another worker fills at
-    this moment is left to it. Owns its transactions.
+    Returns those that had rows before, which readers must forget, and those that another worker
+    fills at this moment. Owns its transactions.
     """
     refilled: list[ReadModel] = []
+    elsewhere: list[ReadModel] = []
     for model in models:
         version = await _filled_version(connection, model)
         if version is not None and version >= model.version:
             continue
-        if await fill(connection, model) and version is not None:
+        if not await fill(connection, model):
+            elsewhere.append(model)
+        elif version is not None:
             refilled.append(model)
-    return refilled
+    return refilled, elsewhere
 
 
 async def fill(connection: Connection, model: ReadModel, *, anew: bool = False) -> bool:
-    """Fill one read model; False when somebody else does, or, if not `anew`, just has.
+    """Fill one read model, if not `anew` only when nobody just has; False when somebody else does.
 
     What was parked is applied by that, too. Owns its transaction, which may take minutes: 4 million
     orders need about as long as the bare INSERT.
@@ -114,13 +124,14 @@ async def fill(connection: Connection, model: ReadModel, *, anew: bool = False) 
             return False
         version = await _filled_version(connection, model)
         if not anew and version is not None and version >= model.version:
-            return False
-        await connection.execute(HOLD_LANES, [model.name])
+            return True
+        await hold(connection, model.name)
         await connection.execute(model.clear, [None])
         snapshot = await (await connection.execute(model.bootstrap, [None])).fetchone()
         assert snapshot is not None
-        checkpoints = [model.name, LANES, model.version, snapshot[0]]
-        await connection.execute(SET_CHECKPOINTS, checkpoints)
+        await connection.execute(SET_VERSION, [model.name, model.version])
+        lanes = list(range(LANES))
+        await connection.execute(SET_POSITION, [model.name, lanes, snapshot[0]])
         await connection.execute(UNPARK, [model.name, None])
         await connection.execute(FORGET_ATTEMPTS, [model.name])
     return True

@@ -40,7 +40,7 @@ GROUP BY checkpoint.read_model
 ORDER BY checkpoint.read_model
 """
 
-COUNTED_MAX: Final = 10_000  # events per lane; beyond that there are "at least" so many
+COUNTED_MAX: Final = 1_000  # events per lane; beyond that there are "at least" so many
 
 
 class Status(Struct, frozen=True):

@@ -17,7 +17,9 @@ WAKE_CHANNEL: Final = "waybill:wake"  # web to worker: something was committed
 APPLIED_CHANNEL: Final = "waybill:applied"  # worker to web: what the read models now contain
 RESET_MESSAGE: Final = b'{"reset":true}'
 
-# Random text, after the run id of the server. All other keys begin with `waybill:<era>:`.
+# Random text, after the run id of the server. All other keys begin with `waybill:<era>:`. Whoever
+# changes it publishes RESET_MESSAGE in the same script, and so does who finds it gone: then nobody
+# has heard of a change, and looks for it in an era that it was not noted in.
 ERA_KEY: Final = "waybill:era"
 
 # ARGV[1] the message (see `publish_changes`). Keys are made from it, so this needs one server, not
@@ -49,8 +51,17 @@ if era then
     for _, sku in ipairs(message.skus) do bump('sku:' .. sku) end
     if #message.orders > 0 then bump('orders') end
     if #message.skus > 0 then bump('stock') end
+else
+    redis.call('PUBLISH', 'waybill:applied', '{"reset":true}')
 end
 return redis.call('PUBLISH', 'waybill:applied', ARGV[1])
+"""
+
+
+# KEYS[1] the era's key. ARGV: the new era, the channel, the message.
+BEGIN_ERA: Final = """
+redis.call('SET', KEYS[1], ARGV[1])
+return redis.call('PUBLISH', ARGV[2], ARGV[3])
 """
 
 
@@ -76,8 +87,8 @@ async def reset(redis: Redis) -> None:
     Raises:
         redis.RedisError: try again; until it succeeds readers may hold what is old.
     """
-    await _command(redis, "SET", ERA_KEY, await run_id(redis) + token_hex(4))
-    await _command(redis, "PUBLISH", APPLIED_CHANNEL, RESET_MESSAGE)
+    era = await run_id(redis) + token_hex(4)
+    await _command(redis, "EVAL", BEGIN_ERA, 1, ERA_KEY, era, APPLIED_CHANNEL, RESET_MESSAGE)
 
 
 class Entry:

@@ -34,17 +34,13 @@ if TYPE_CHECKING:
 else:  # asyncpg's generics exist for the type checkers only
     Postgres = object
 
-WAITERS_MAX: Final = (
-    1_000  # each costs 0.2 us per message, so 10 % of a core at 500 messages a second
-)
+WAITERS_MAX: Final = 1_000  # at 0.2 us each and 500 messages a second, 10 % of a core
 POLL_WAITING_S: Final = 0.02  # while somebody waits and nothing is heard
 POLL_IDLE_S: Final = 1.0
 POLL_TIMEOUT_S: Final = 2.0
 PING_S: Final = 1.0  # a silent push connection is asked whether it lives; no answer is a break
 RECONNECT_S: Final = 0.2
-PARKED_MAX: Final = (
-    10_000  # rows read; beyond that every aggregate of a read model counts as parked
-)
+PARKED_MAX: Final = 10_000  # rows read; if there are more, every aggregate counts as parked
 
 # No parameters. One row per read model and lane, then at most PARKED_MAX parked aggregates (their
 # checkpoint columns null); one statement, so both are of one moment. No locks.
@@ -101,8 +97,11 @@ class Caches(Protocol):
         """Forget what was said of an aggregate: it was parked, or is no longer."""
         ...
 
-    async def open(self) -> None:
-        """Pushes are continuous from here on. Raises redis.RedisError, OSError or TimeoutError."""
+    async def open(self) -> bool:
+        """Pushes are continuous from here on. False: not before the reset that is on its way.
+
+        Raises redis.RedisError, OSError or TimeoutError.
+        """
         ...
 
     def close(self) -> None:
@@ -364,8 +363,8 @@ class Freshness:
             and all(covers(published.get(model, {}), at) for model, at in self._checked.items())
         ):
             with suppress(RedisError, OSError, TimeoutError):
-                await self._caches.open()
-                self._begin_continuity(continuity, published)
+                if await self._caches.open():
+                    self._begin_continuity(continuity, published)
         if is_due:
             self._checked = applied
             self._checked_s = monotonic()

@@ -285,10 +285,11 @@ class ReadSide:
         self.local.drop(ORDER_TAG + aggregate_id)
         self.local.drop(model)
 
-    async def open(self) -> None:
-        if self.shared is not None:
-            await self.shared.open()
+    async def open(self) -> bool:
+        if self.shared is None or not await self.shared.open():
+            return False
         self.local.open()
+        return True
 
     def close(self) -> None:
         if self.shared is not None:

@@ -13,8 +13,9 @@ Nothing old can be put back, whatever is slow, lost or evicted:
   a count, so a new one differs from every one before: pages of the old are dead, not revived.
 - *A flush, a restart with old data, a fail-over.* Every key carries the era, which begins with the
   server's run id. A store is refused when its era, taken before PostgreSQL was read, is not the
-  current one; readers take it up anew then, and whenever the push connection was made anew.
-- *A worker that could not publish.* It starts a new era (`reset`) as soon as it can.
+  current one. Whoever changes the era, or would have to note a change and finds no era, pushes a
+  reset before anything else; readers then take up the era anew, as they do after each reconnect.
+- *A worker that could not publish.* It begins a new era (`reset`) as soon as it can.
 """
 
 from asyncio import Future, Task, create_task, gather, get_running_loop, timeout
@@ -30,7 +31,7 @@ from uuid import UUID
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from queries.cache import ERA_KEY, Entry, digest, run_id
+from queries.cache import APPLIED_CHANNEL, ERA_KEY, RESET_MESSAGE, Entry, digest, run_id
 
 BODY_TTL_S: Final = 60.0
 BODY_TTL_JITTER_S: Final = 6.0  # so that what was filled together does not expire together
@@ -41,13 +42,15 @@ BATCH_MAX: Final = 100  # commands per pipeline: 1 ms of this process, and some 
 OTHER_ERA: Final = -1  # what a store answers when its era is not the current one
 ASKS_MAX: Final = 1_000  # commands that wait for the next pipelines; what comes then misses
 
-# KEYS[1] the era's key. ARGV: the server's run id, random text. Returns the era. One of another run
-# is replaced: this server was restarted, perhaps with old data, or is another server.
+# KEYS[1] the era's key. ARGV: the server's run id, random text, the channel, the message. Returns
+# the era, or nothing if it had to be made: everybody then hears a reset. One of another run is
+# replaced: this server was restarted, perhaps with old data, or is another server.
 TAKE_UP_ERA: Final = """
 local era = redis.call('GET', KEYS[1])
 if not era or string.sub(era, 1, #ARGV[1]) ~= ARGV[1] then
-    era = ARGV[1] .. ARGV[2]
-    redis.call('SET', KEYS[1], era)
+    redis.call('SET', KEYS[1], ARGV[1] .. ARGV[2])
+    redis.call('PUBLISH', ARGV[3], ARGV[4])
+    return false
 end
 return era
 """
@@ -84,11 +87,12 @@ if page[1] == fence then return {fence, page[2], page[3]} end
 return {fence}
 """
 
-# KEYS: the page's. ARGV: fence, body, cursor, milliseconds to live. It needs no check: what is
-# stored under an older fence is not served.
+# KEYS: the era's key, the page's. ARGV: era, fence, body, cursor, milliseconds to live. Returns 1
+# or -1 (the era is another). The fence needs no check: a page under an older one is not served.
 STORE_PAGE: Final = """
-redis.call('HSET', KEYS[1], 'e', ARGV[1], 'b', ARGV[2], 'n', ARGV[3])
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return -1 end
+redis.call('HSET', KEYS[2], 'e', ARGV[2], 'b', ARGV[3], 'n', ARGV[4])
+redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return 1
 """
 
@@ -126,19 +130,20 @@ class SharedCache:
         """None: not in use. Take it before reading PostgreSQL, and give it back when storing."""
         return self._era
 
-    async def open(self) -> None:
-        """Take up the era.
+    async def open(self) -> bool:
+        """Take up the era. False: it had to be made; a reset is on its way to everybody.
 
         Raises:
             redis.RedisError, OSError, TimeoutError: the tier stays out of use.
         """
         async with timeout(OPEN_TIMEOUT_S):
-            words = (1, ERA_KEY, await run_id(self._redis), token_hex(4))
-            (era,) = await self._send([("EVAL", TAKE_UP_ERA, *words)])
+            arguments = (await run_id(self._redis), token_hex(4), APPLIED_CHANNEL, RESET_MESSAGE)
+            (era,) = await self._send([("EVAL", TAKE_UP_ERA, 1, ERA_KEY, *arguments)])
         if isinstance(era, RedisError):
             raise era
-        self._era = era.decode()
+        self._era = None if era is None else era.decode()
         self._closed_until_s = 0.0
+        return era is not None
 
     def close(self) -> None:
         """Stop using it; look-ups under way still end."""
@@ -181,8 +186,8 @@ class SharedCache:
 
     def store_page(self, era: str, key: str, fence: bytes, entry: Entry) -> None:
         """Keep the page under the fence that `find_page` gave before it was read."""
-        arguments = (fence, entry.body, entry.next_cursor or "", _ttl_ms())
-        self._put(STORE_PAGE, 1, _page_key(era, key), *arguments)
+        arguments = (era, fence, entry.body, entry.next_cursor or "", _ttl_ms())
+        self._put(STORE_PAGE, 2, ERA_KEY, _page_key(era, key), *arguments)
 
     async def _ask(self, script: str | None, *words: str | bytes | int) -> Any:
         """The answer, or None: Redis is away or slow, was so a moment ago, or is asked too much."""
@@ -233,6 +238,7 @@ class SharedCache:
                 self._fail()
             _tell(ask, None if isinstance(answer, RedisError) else answer)
         if OTHER_ERA in answers and self._era is not None:
+            self.close()  # a reset is on its way, or will be when the era is made
             with suppress(RedisError, OSError, TimeoutError):
                 await self.open()
 

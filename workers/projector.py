@@ -26,7 +26,7 @@ Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]
 # turn costs 2 to 3 ms of CPU whatever its size, so projecting without a pause would take a core.
 PAUSE_MAX_S: Final = 0.02
 SWEEP_S: Final = 1.0  # the floor, should a call be lost; it costs one small query
-SWEEP_UNCALLED_S: Final = 0.02  # while Redis is away
+SWEEP_UNCALLED_S: Final = 0.05  # while Redis is away
 MEND_S: Final = 0.5  # between two tries to reach readers again
 RETRY_S: Final = (0.1, 0.2, 0.5, 1.0, 2.0)  # after a fault, the last one again and again
 
@@ -46,6 +46,8 @@ class ResidentProjector:
         self._tracer = tracer
         self._is_stopping = False
         self._faults = 0
+        self._was_called = True
+        self._moved_s = 0.0
         self._mended_s = 0.0
 
     def stop(self) -> None:
@@ -62,53 +64,68 @@ class ResidentProjector:
         while not self._is_stopping:
             try:
                 await self._serve()
-            except (psycopg.Error, PoolTimeout, UnknownEventError) as error:
-                pause_s = RETRY_S[min(self._faults, len(RETRY_S) - 1)]
-                self._faults += 1
-                log.warning("projector_fault", error=str(error), retry_s=pause_s)
-                await self._wake.wait(pause_s)
+            except (psycopg.Error, PoolTimeout) as error:
+                await self._pause(error)
+
+    async def _pause(self, error: Exception) -> None:
+        pause_s = RETRY_S[min(self._faults, len(RETRY_S) - 1)]
+        self._faults += 1
+        log.warning("projector_fault", error=str(error), retry_s=pause_s)
+        await self._wake.wait(pause_s)
 
     async def _serve(self) -> None:
+        """Project on one connection, as long as it lasts."""
         async with self._pool.connection() as connection:
-            refilled = await fill_missing(connection, READ_MODELS)
+            await self._fill(connection)
+            async with Projector(
+                READ_MODELS, read=connection, outbox=Outbox(connection)
+            ) as projector:
+                log.info("projecting", read_models=[model.name for model in READ_MODELS])
+                while not self._is_stopping:
+                    try:
+                        await self._take_turn(projector)
+                        self._faults = 0
+                    except (psycopg.Error, UnknownEventError) as error:
+                        if connection.closed:
+                            raise
+                        await self._pause(error)
+
+    async def _fill(self, connection: Connection) -> None:
+        """Fill what was never filled, or wait until another worker has; it may die of it."""
+        elsewhere = list(READ_MODELS)
+        while elsewhere and not self._is_stopping:
+            refilled, elsewhere = await fill_missing(connection, READ_MODELS)
             if refilled:
                 log.info("read_models_filled", read_models=[model.name for model in refilled])
                 await self._push.reset()
-            await self._serve_on(connection)
+            if elsewhere:
+                await self._wake.wait(SWEEP_S)
 
-    async def _serve_on(self, connection: Connection) -> None:
-        async with Projector(READ_MODELS, read=connection, outbox=Outbox(connection)) as projector:
-            log.info("projecting", read_models=[model.name for model in READ_MODELS])
-            await self._project_until_stopped(projector)
+    async def _take_turn(self, projector: Projector) -> None:
+        """Project what there is, and wait for more."""
+        await self._mend(projector)
+        began_s = perf_counter()
+        is_due = self._was_called or self._is_due_uncalled()
+        applied: list[Applied] = []
+        if is_due or projector.has_more or await projector.is_behind():
+            applied = await projector.project(move_anyway=is_due)
+            self._moved_s = monotonic()
+        self._was_called = False
+        seconds = perf_counter() - began_s
+        if applied:
+            await self._conclude(projector, applied, seconds)
+        if projector.has_more:
+            return
+        if applied:
+            await asyncio.sleep(min(seconds, PAUSE_MAX_S))
+        sweep_s = SWEEP_S if self._wake.is_connected else SWEEP_UNCALLED_S
+        self._was_called = await self._wake.wait(sweep_s)
+        if not self._was_called:
+            await projector.mark_published()
 
-    async def _project_until_stopped(self, projector: Projector) -> None:
-        was_called = True
-        moved_s = monotonic()
-        while not self._is_stopping:
-            await self._mend(projector)
-            began_s = perf_counter()
-            if was_called or projector.has_more or self._is_due_uncalled(moved_s):
-                applied = await projector.project(move_anyway=not projector.has_more)
-                moved_s = monotonic()
-            else:
-                applied = await projector.sweep()
-            seconds = perf_counter() - began_s
-            if applied:
-                await self._conclude(projector, applied, seconds)
-            self._faults = 0
-            if projector.has_more:
-                was_called = False
-                continue
-            if applied:
-                await asyncio.sleep(min(seconds, PAUSE_MAX_S))
-            sweep_s = SWEEP_S if self._wake.is_connected else SWEEP_UNCALLED_S
-            was_called = await self._wake.wait(sweep_s)
-            if not was_called:
-                await projector.mark_published()
-
-    def _is_due_uncalled(self, moved_s: float) -> bool:
+    def _is_due_uncalled(self) -> bool:
         """Whether to move on without a call: somebody may wait for a token without an event."""
-        return not self._wake.is_connected and monotonic() - moved_s > SWEEP_S
+        return not self._wake.is_connected and monotonic() - self._moved_s > SWEEP_S
 
     async def _mend(self, projector: Projector) -> None:
         """Once Redis is back, let readers begin anew."""

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import ModuleType
 
 import asyncpg
@@ -48,19 +48,21 @@ def test_the_statements_are_found() -> None:
 async def test_every_statement_fits_the_schema(postgres_url: str) -> None:
     connection = await asyncpg.connect(postgres_url)
     try:
-        await connection.execute("BEGIN")  # KEEP_WHOLE_BATCH makes a table for one transaction
-        for temporary in (MAKE_BATCH, MAKE_BACKLOG, KEEP_WHOLE_BATCH):
-            await connection.execute(temporary)
-        wrong: list[str] = []
-        for name, statement in STATEMENTS:
-            try:
-                async with connection.transaction():
-                    await connection.prepare(statement)
-            except asyncpg.PostgresError as error:
-                wrong.append(f"{name}: {error}")
-        assert wrong == []
+        async with connection.transaction():  # KEEP_WHOLE_BATCH makes a table for one
+            for temporary in (MAKE_BATCH, MAKE_BACKLOG, KEEP_WHOLE_BATCH):
+                await connection.execute(temporary)
+            assert [each async for each in misfits(connection)] == []
     finally:
         await connection.close()
+
+
+async def misfits(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIterator[str]:
+    for name, statement in STATEMENTS:
+        try:
+            async with connection.transaction():
+                await connection.prepare(statement)
+        except asyncpg.PostgresError as error:
+            yield f"{name}: {error}"
 
 
 async def test_a_wrong_column_is_noticed(postgres_url: str) -> None:

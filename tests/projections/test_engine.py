@@ -6,9 +6,10 @@ import psycopg
 import pytest
 from psycopg_pool import PoolTimeout
 
+from commands.register_customer import RegisterCustomer
 from projections.audit import audit
 from projections.catalogue import READ_MODELS
-from projections.checkpoints import ForeignCheckpointError
+from projections.checkpoints import HOLD, ForeignCheckpointError
 from projections.engine import EVENTS_MAX, Projector, UnknownEventError
 from projections.outbox import Connection, Outbox
 from tests.projections.conftest import Pool, catch_up, differences, projecting, unapplied
@@ -92,19 +93,14 @@ async def test_a_token_without_events_becomes_visible_when_something_was_committ
     assert await visible.fetchone() == (True,)
 
 
-async def test_a_sweep_writes_nothing_while_nothing_happens(
-    shop: Shop, psycopg_pool: Pool, reader: Connection
-) -> None:
+async def test_a_look_tells_whether_there_is_anything_to_do(shop: Shop, psycopg_pool: Pool) -> None:
     async with projecting(psycopg_pool) as projector:
         await shop.place(1)
         await catch_up(projector)
-        before = await (await reader.execute("SELECT pg_current_snapshot()::text")).fetchone()
-        for _ in range(3):
-            assert await projector.sweep() == []
-        after = await (await reader.execute("SELECT pg_current_snapshot()::text")).fetchone()
-        assert before == after
+        await projector.mark_published()
+        assert not await projector.is_behind()
         await shop.place(1)
-        assert await projector.sweep() != []
+        assert await projector.is_behind()
 
 
 async def test_delivering_everything_again_changes_nothing(
@@ -114,7 +110,7 @@ async def test_delivering_everything_again_changes_nothing(
         await shop.trade(0.5)
         await catch_up(projector)
         before = await (await reader.execute(FINGERPRINT)).fetchone()
-        await reader.execute("UPDATE projection_checkpoints SET snapshot = '3:3:'")
+        await reader.execute("UPDATE projection_positions SET snapshot = '3:3:'")
         applied = await catch_up(projector)
         after = await (await reader.execute(FINGERPRINT)).fetchone()
     assert sum(each.batch.events for each in applied if each.batch) > 100
@@ -146,6 +142,19 @@ async def test_a_backlog_is_applied_page_by_page_within_one_snapshot(
         await catch_up(projector)
     assert await unapplied(reader) == 0
     assert await differences(reader) == []
+
+
+async def test_a_backlog_of_exactly_so_many_pages_comes_to_its_end(
+    shop: Shop, psycopg_pool: Pool, reader: Connection
+) -> None:
+    async with projecting(psycopg_pool) as projector:
+        await catch_up(projector)
+        await shop.run([RegisterCustomer(f"{n}@example.com", "Somebody") for n in range(20)])
+        for _ in range(4):
+            projector.events_max = 10
+            await projector.project()
+        assert await unapplied(reader) == 0
+        assert await catch_up(projector) == []
 
 
 async def test_a_new_worker_goes_on_in_the_middle_of_a_backlog(
@@ -203,10 +212,7 @@ async def test_read_models_that_were_apart_move_together_again(
         await catch_up(projector)
         await shop.place(3)
         async with psycopg_pool.connection() as holder, holder.transaction():
-            await holder.execute(
-                "SELECT FROM projection_checkpoints WHERE read_model = 'order_list' AND lane < 5"
-                " FOR UPDATE"
-            )
+            await holder.execute(HOLD, ["order_list", [0, 1, 2, 3, 4]])
             await projector.project()
             apart = await reader.execute(
                 "SELECT count(DISTINCT snapshot::text) FROM projection_checkpoints"
@@ -242,7 +248,7 @@ async def test_checkpoints_of_another_server_are_refused(
 ) -> None:
     async with projecting(psycopg_pool) as projector:
         await catch_up(projector)
-    await reader.execute("UPDATE projection_checkpoints SET system_id = 42")
+    await reader.execute("UPDATE projection_models SET system_id = 42")
     with pytest.raises(ForeignCheckpointError, match="42"):
         async with projecting(psycopg_pool):
             pass

@@ -5,6 +5,7 @@ import pytest
 
 from projections.audit import TooFarBehindError, audit
 from projections.catalogue import READ_MODELS
+from projections.checkpoints import HOLD
 from projections.engine import Projector
 from projections.order_list import ORDER_LIST
 from projections.order_view import ORDER_VIEW
@@ -94,13 +95,13 @@ async def test_newer_code_rebuilds_its_read_model_and_older_code_leaves_it_alone
         await catch_up(projector)
         await reader.execute("UPDATE order_list SET skus = '{}'")
         await reader.execute(
-            "UPDATE projection_checkpoints SET version = 0 WHERE read_model = 'order_list'"
+            "UPDATE projection_models SET version = 0 WHERE read_model = 'order_list'"
         )
         await shop.place(1)
         await catch_up(projector)
         rows = await reader.execute("SELECT count(*) FROM order_list")
         assert await rows.fetchone() == (3,)  # of another version: not ours to move
-        assert await fill_missing(reader, READ_MODELS) == [ORDER_LIST]
+        assert await fill_missing(reader, READ_MODELS) == ([ORDER_LIST], [])
         await catch_up(projector)
     assert await differences(reader) == []
 
@@ -183,9 +184,8 @@ async def test_a_restored_copy_becomes_its_own_again(
         await shop.place(5)
         await catch_up(projector)
     await reader.execute("UPDATE outbox SET xid = '999999999999'")
-    await reader.execute(
-        "UPDATE projection_checkpoints SET system_id = 1, snapshot = '999:999999999999:'"
-    )
+    await reader.execute("UPDATE projection_models SET system_id = 1")
+    await reader.execute("UPDATE projection_positions SET snapshot = '999:999999999999:'")
     assert await reanchor(reader)
     for model in READ_MODELS:
         assert await fill(reader, model, anew=True)
@@ -204,7 +204,7 @@ async def test_filling_waits_for_whoever_moves_the_lanes(
         await catch_up(projector)
     async with psycopg_pool.connection() as holder:
         await holder.execute("BEGIN")
-        await holder.execute("SELECT FROM projection_checkpoints FOR UPDATE")
+        await holder.execute(HOLD, ["order_view", [3, 4]])
         filling = asyncio.create_task(fill(reader, ORDER_VIEW, anew=True))
         await asyncio.sleep(0.7)
         assert not filling.done()

@@ -231,7 +231,7 @@ async def test_checkpoints_of_another_server_end_it_with_one_line(
 ) -> None:
     with worker(postgres_url, redis_url, tmp_path / "first"):
         await is_projected(reader)
-    await reader.execute("UPDATE projection_checkpoints SET system_id = 42")
+    await reader.execute("UPDATE projection_models SET system_id = 42")
     with worker(postgres_url, redis_url, tmp_path / "second") as process:
         assert await asyncio.to_thread(process.wait, PATIENCE_S) == 1
     complaint = (tmp_path / "second").read_text().splitlines()[-1]

@@ -72,16 +72,22 @@ ON CONFLICT (sku, location) DO UPDATE
 SET on_hand = EXCLUDED.on_hand, available = EXCLUDED.available, version = EXCLUDED.version
 """
 OPEN_CHECKPOINTS = """
-INSERT INTO projection_checkpoints (read_model, lane, version, snapshot, published, system_id,
-                                    moved_at)
-SELECT $1, lane, 1, pg_current_snapshot(), pg_current_snapshot(), 1, now()
+WITH models AS (
+    INSERT INTO projection_models (read_model, version, system_id)
+    SELECT read_model, 1, 1 FROM unnest($1::text[]) AS read_model
+)
+INSERT INTO projection_positions (read_models, lanes, snapshot, published, moved_at)
+SELECT $1, array_agg(lane), pg_current_snapshot(), pg_current_snapshot(), now()
 FROM generate_series(0, 15) AS lane
 """
 MOVE_CHECKPOINTS = """
-UPDATE projection_checkpoints
+UPDATE projection_positions
 SET snapshot = pg_current_snapshot(), moved_at = now()
-WHERE read_model = ANY ($1::text[])
 RETURNING snapshot::text
+"""
+RECORD_PUBLISHED = """
+UPDATE projection_positions
+SET published = snapshot
 """
 PARK = """
 INSERT INTO projection_parked (read_model, aggregate, aggregate_id, lane, event_id, error, attempts,
@@ -115,8 +121,7 @@ class Shop:
         self.redis = client
 
     async def open(self) -> None:
-        for model in MODELS:
-            await self.pool.execute(OPEN_CHECKPOINTS, model)
+        await self.pool.execute(OPEN_CHECKPOINTS, MODELS)
 
     async def customer(self) -> UUID:
         customer_id = uuid4()
@@ -147,7 +152,7 @@ class Shop:
             await connection.execute(APPLY_LIST, order_ids)
             if stock is not None:
                 await connection.execute(APPLY_STOCK, *stock)
-            snapshot: str = await connection.fetchval(MOVE_CHECKPOINTS, MODELS)
+            snapshot: str = await connection.fetchval(MOVE_CHECKPOINTS)
         return Change(
             lanes=list(range(LANES)),
             models=list(MODELS),
@@ -163,7 +168,7 @@ class Shop:
         await self.record_published()
 
     async def record_published(self) -> None:
-        await self.pool.execute("UPDATE projection_checkpoints SET published = snapshot")
+        await self.pool.execute(RECORD_PUBLISHED)
 
     async def reset(self) -> None:
         await reset(self.redis)

@@ -17,7 +17,7 @@ from app.servers import Valkey
 from queries import freshness
 from queries.freshness import Freshness, Postgres
 from queries.read_side import ReadSide
-from tests.queries.conftest import OpenReadSide, Shop
+from tests.queries.conftest import OpenReadSide, Shop, command
 from tests.queries.waiting import until
 
 MODEL = "order_view"
@@ -156,6 +156,18 @@ async def test_a_reset_empties_the_caches_and_begins_anew(shop: Shop, read_side:
     assert shared.era != era
 
 
+async def test_a_change_that_finds_no_era_is_a_reset(shop: Shop, read_side: ReadSide) -> None:
+    """After a flush, say. Nobody may go on in an era in which changes are not noted."""
+    assert read_side.shared is not None
+    shared = read_side.shared
+    era = shared.era
+    await command(shop.redis, "FLUSHDB")
+    await shop.announce(await shop.apply())
+    await until(lambda: read_side.freshness.breaks == 1)
+    await until(lambda: read_side.freshness.is_open)
+    assert shared.era not in (None, era)
+
+
 @pytest.mark.parametrize("message", [b"{", b'{"lanes": 3}', b'{"lanes":[1],"models":["x"]}'])
 async def test_a_message_that_cannot_be_read_breaks_continuity(
     shop: Shop, read_side: ReadSide, message: bytes
@@ -228,13 +240,13 @@ class HeldPool:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-        self.gate = asyncio.Event()
+        self.gate = asyncio.Semaphore(0)
         self.held = 0
 
     async def fetch(self, statement: str) -> list[asyncpg.Record]:
         rows = await self._pool.fetch(statement)
         self.held += 1
-        await self.gate.wait()
+        await self.gate.acquire()
         return rows
 
 
@@ -248,10 +260,10 @@ async def test_what_is_parked_while_a_poll_runs_stays_parked(
         change.parked = [(MODEL, "order", "x")]
         await shop.publish(msgspec.json.encode(change))
         await until(lambda: known.pushes == 1)
-        pool.gate.set()
-        polls = known.polls
-        await until(lambda: known.polls > polls)
+        pool.gate.release()
+        await until(lambda: known.polls == 1)
         assert known.parked_at(MODEL, lambda _: True) is not None
+        pool.gate.release()
         await until(lambda: known.parked_at(MODEL, lambda _: True) is None)
 
 

@@ -176,6 +176,7 @@ async def test_a_token_waits_for_its_write(shop: Shop, read_side: ReadSide) -> N
     found = await reading
     assert isinstance(found, Found)
     assert (found.entry.version, found.lag_s) == (2, None)
+    await until(lambda: read_side.freshness.is_announced(ORDER_VIEW, xid))
     assert read_side.cached(key, model=ORDER_VIEW, token_xid=xid) is found.entry
 
 

@@ -158,13 +158,13 @@ async def test_a_row_says_what_the_order_is(shop: Shop, read_side: ReadSide) -> 
 async def test_every_filter_and_sort_gives_what_it_says(shop: Shop, read_side: ReadSide) -> None:
     dice = random.Random(1)
     customers = [uuid4() for _ in range(5)]
-    rows = [row(dice, customers, number) for number in range(700)]
+    rows = [row(dice, customers, number) for number in range(400)]
     await insert(shop.pool, rows)
 
     def maybe(value: Any) -> Any:
         return value if dice.random() < 0.3 else None
 
-    for number in range(150):
+    for number in range(80):
         query = ListOrders(
             status=maybe(dice.choice(get_args(Status))),
             payment_status=maybe(dice.choice(get_args(PaymentStatus))),
@@ -174,7 +174,7 @@ async def test_every_filter_and_sort_gives_what_it_says(shop: Shop, read_side: R
             placed_from=maybe(NOON + timedelta(hours=dice.randrange(40))),
             placed_to=maybe(NOON + timedelta(hours=dice.randrange(40))),
             sort=SORTS[number % 4],
-            limit=dice.choice((1, 7, 100)),
+            limit=dice.choice((3, 7, 100)),
         )
         assert await walk(read_side, query) == expected(rows, query), query
 
@@ -225,9 +225,9 @@ async def cursor_of(shop: Shop, read_side: ReadSide, query: ListOrders) -> str:
     return next_cursor
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+async def test_a_cursor_belongs_to_its_query(shop: Shop, read_side: ReadSide) -> None:
+    next_cursor = await cursor_of(shop, read_side, QUERY)
+    changes: list[dict[str, Any]] = [
         {"status": "confirmed"},
         {"payment_status": "paid"},
         {"fulfillment_status": "delivered"},
@@ -237,14 +237,10 @@ async def cursor_of(shop: Shop, read_side: ReadSide, query: ListOrders) -> str:
         {"placed_to": NOON},
         {"sort": "placed_at"},
         {"sort": "-total_cents"},
-    ],
-)
-async def test_a_cursor_belongs_to_its_query(
-    shop: Shop, read_side: ReadSide, change: dict[str, Any]
-) -> None:
-    next_cursor = await cursor_of(shop, read_side, QUERY)
-    with pytest.raises(CursorError, match="belongs"):
-        await page(read_side, msgspec.structs.replace(QUERY, cursor=next_cursor, **change))
+    ]
+    for change in changes:
+        with pytest.raises(CursorError, match="belongs"):
+            await page(read_side, msgspec.structs.replace(QUERY, cursor=next_cursor, **change))
 
 
 async def test_a_cursor_belongs_to_its_customer(shop: Shop, read_side: ReadSide) -> None:

@@ -11,6 +11,14 @@ from queries.list_projections import STOPPED_S, judge, list_projections
 from queries.read_side import ReadSide
 from tests.queries.conftest import MODELS, Shop
 
+BEGIN_PAGING = """
+INSERT INTO projection_positions (read_models, lanes, snapshot, target, last_id, published,
+                                  moved_at)
+SELECT ARRAY[$1::text], ARRAY[$2::smallint], snapshot, pg_current_snapshot(), 1, published,
+       now() - interval '9 s'
+FROM projection_positions
+"""
+
 
 async def listed(read_side: ReadSide) -> dict[str, dict[str, Any]]:
     found = await list_projections(read_side)
@@ -67,10 +75,7 @@ async def test_while_a_batch_is_paged_the_lag_is_that_of_its_snapshot(
     shop: Shop, read_side: ReadSide
 ) -> None:
     await shop.write(uuid4(), 1, await shop.customer())
-    await shop.pool.execute(
-        "UPDATE projection_checkpoints SET target = pg_current_snapshot(), last_id = 1,"
-        " moved_at = now() - interval '9 s' WHERE read_model = 'order_view' AND lane = 0"
-    )
+    await shop.pool.execute(BEGIN_PAGING, "order_view", 0)
     assert 9 <= (await listed(read_side))["order_view"]["lag_s"] < 11
 
 

@@ -298,6 +298,8 @@ async def test_a_list_with_a_token_shows_the_order(shop: Shop, read_side: ReadSi
     await shop.announce(await shop.apply(order_id))
     found = await reading
     assert str(order_id).encode() in found.entry.body
+    await until(lambda: read_side.freshness.is_announced("order_list", token_xid))
+    found = await list_orders(read_side, query, token_xid=token_xid)
     key = list_key(query)
     assert read_side.cached(key, model="order_list", token_xid=token_xid) is found.entry
 

@@ -42,7 +42,8 @@ async def changed(
 @pytest.fixture
 async def shared(redis_client: Redis) -> AsyncGenerator[SharedCache]:
     shared = SharedCache(redis_client)
-    await shared.open()
+    assert not await shared.open()  # it had to be made
+    assert await shared.open()
     yield shared
     await shared.aclose()
     assert shared.errors == 0
@@ -220,11 +221,26 @@ async def test_a_fill_from_before_a_flush_is_refused_and_the_next_is_not(
     await command(redis_client, "FLUSHDB")
     await changed(redis_client, (order_id, 2))  # without an era there is nothing to mark
     await stored(shared.store_order, era, order_id, order(1))
-    await until(lambda: shared.era != era)
+    assert shared.era is None
+    assert await shared.open()
     era = era_of(shared)
     assert await shared.find_order(era, order_id) is None
     await stored(shared.store_order, era, order_id, order(2))
     assert await shared.find_order(era, order_id) is not None
+
+
+async def test_a_page_from_before_a_flush_is_refused(
+    shared: SharedCache, redis_client: Redis
+) -> None:
+    era = era_of(shared)
+    fence, _ = await shared.find_page(era, "key", TAGS)
+    assert fence is not None
+    await command(redis_client, "FLUSHDB")
+    fence, _ = await shared.find_page(era, "key", TAGS)
+    assert fence is not None
+    await changed(redis_client, (uuid4(), 1))
+    await stored(shared.store_page, era, "key", fence, page(b"old"))
+    assert (await shared.find_page(era, "key", TAGS))[1] is None
 
 
 async def test_a_reset_begins_a_new_era_and_tells(shared: SharedCache, redis_client: Redis) -> None:
@@ -241,6 +257,17 @@ async def test_a_reset_begins_a_new_era_and_tells(shared: SharedCache, redis_cli
     assert await shared.find_order(era_of(shared), order_id) is None
 
 
+async def test_who_makes_an_era_tells(shared: SharedCache, redis_client: Redis) -> None:
+    """Another process may still be in the one before, where no change is noted any more."""
+    async with cast("Any", redis_client).pubsub() as push:
+        await push.subscribe(APPLIED_CHANNEL)
+        await push.get_message(timeout=1)
+        await command(redis_client, "DEL", ERA_KEY)
+        assert not await shared.open()
+        told = await push.get_message(timeout=1)
+    assert told["data"] == b'{"reset":true}'
+
+
 async def test_processes_share_the_era(shared: SharedCache, redis_client: Redis) -> None:
     other = SharedCache(redis_client)
     await other.open()
@@ -252,7 +279,9 @@ async def test_a_server_that_came_back_with_old_data_has_a_new_era(
 ) -> None:
     """The era of another run, as it stands in a dump that was loaded again."""
     await command(redis_client, "SET", ERA_KEY, "0" * 40 + "12345678")
-    await shared.open()
+    assert not await shared.open()
+    assert shared.era is None
+    assert await shared.open()
     assert not era_of(shared).startswith("0" * 40)
 
 
@@ -286,7 +315,8 @@ async def test_a_dead_redis_costs_one_time_limit_per_second(mortal_redis: Valkey
     now_s = 1_000.0
     async with open_redis(mortal_redis.url) as client:
         shared = SharedCache(client, clock=lambda: now_s)
-        await shared.open()
+        while not await shared.open():
+            pass
         era = era_of(shared)
         mortal_redis.process.kill()
         mortal_redis.process.wait()
@@ -304,7 +334,8 @@ async def test_while_one_asks_whether_it_is_back_the_others_miss_at_once(
     now_s = 1_000.0
     async with open_redis(mortal_redis.url) as client:
         shared = SharedCache(client, clock=lambda: now_s)
-        await shared.open()
+        while not await shared.open():
+            pass
         mortal_redis.process.send_signal(SIGSTOP)
         try:
             assert await shared.find_order(era_of(shared), uuid4()) is None
@@ -322,7 +353,8 @@ async def test_while_one_asks_whether_it_is_back_the_others_miss_at_once(
 async def test_a_silent_redis_is_given_up_soon(mortal_redis: Valkey) -> None:
     async with open_redis(mortal_redis.url) as client:
         shared = SharedCache(client)
-        await shared.open()
+        while not await shared.open():
+            pass
         mortal_redis.process.send_signal(SIGSTOP)
         try:
             async with asyncio.timeout(0.5):
