@@ -105,9 +105,14 @@ def spawn(
 
     def between_fork_and_exec() -> None:
         # The kernel forgets the death signal when the user changes, so the user comes first.
-        if mapped is not None:
-            _enter_user_namespace(mapped)
-        die_with(parent, death_signal)
+        try:
+            if mapped is not None:
+                _enter_user_namespace(mapped)
+            die_with(parent, death_signal)
+        except Exception as error:
+            # The parent is told that something failed here, and not what.
+            os.write(2, f"{os.fspath(command[0])} cannot be started: {error!r}\n".encode())
+            raise
 
     return subprocess.Popen(
         [os.fspath(part) for part in command],
