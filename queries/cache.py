@@ -92,7 +92,7 @@ async def reset(redis: Redis) -> None:
 
 
 class Entry:
-    """An answer ready to be sent. `version` is 0 for a page, which has no owner either."""
+    """An answer ready to be sent. A page has no version (0); its owner is who it was asked for."""
 
     __slots__ = ("body", "customer_id", "etag", "next_cursor", "parked_at", "version")
 

@@ -5,8 +5,8 @@ Nothing old can be put back, whatever is slow, lost or evicted:
 - *A slow reader.* A document is stored only if no newer version stands there; a change leaves a
   tombstone with its version and no body, which lives 60 s, longer than any fill (FILL_MAX_S in
   queries/read_side.py). A page has no version. It is fenced by the epochs of its tags: they are
-  read in one script with the look-up, before PostgreSQL is; the page is stored under them and only
-  while they stand, and is served only while they stand.
+  read in one script with the look-up, before PostgreSQL is; the page is stored with them, and
+  served only while they stand.
 - *A change between two readers.* Tombstones, epochs and the message are one script, so whoever has
   received the message finds no older body. There is no local copy of an epoch that could lag.
 - *An epoch that was evicted or has expired.* An epoch is the server's clock in microseconds, never
@@ -39,8 +39,8 @@ COMMAND_TIMEOUT_S: Final = 0.1  # per pipeline; PostgreSQL answers sooner than a
 CIRCUIT_OPEN_S: Final = 1.0
 OPEN_TIMEOUT_S: Final = 1.0
 BATCH_MAX: Final = 100  # commands per pipeline: 1 ms of this process, and some 0.5 MB
-OTHER_ERA: Final = -1  # what a store answers when its era is not the current one
 ASKS_MAX: Final = 1_000  # commands that wait for the next pipelines; what comes then misses
+OTHER_ERA: Final = -1  # what a store answers when its era is not the current one
 
 # KEYS[1] the era's key. ARGV: the server's run id, random text, the channel, the message. Returns
 # the era, or nothing if it had to be made: everybody then hears a reset. One of another run is
@@ -221,7 +221,7 @@ class SharedCache:
 
     async def _exchange(self, batch: list[Ask]) -> None:
         """Send a batch and tell who waits for it; if it fails, who waits for the next one too."""
-        answers: list[Any]
+        answers: list[Any] = [None] * len(batch)
         try:
             async with timeout(COMMAND_TIMEOUT_S):
                 answers = await self._send([_by_digest(ask) for ask in batch])
@@ -229,14 +229,14 @@ class SharedCache:
                     if isinstance(answer, NoScriptError):
                         (answers[place],) = await self._send([_by_text(batch[place])])
         except (RedisError, OSError, TimeoutError):
-            answers = [None] * len(batch)
             self._fail()
         else:
             self._closed_until_s = 0.0
-        for ask, answer in zip(batch, answers, strict=True):
-            if isinstance(answer, RedisError):
+            if any(isinstance(answer, RedisError) for answer in answers):
                 self._fail()
-            _tell(ask, None if isinstance(answer, RedisError) else answer)
+        finally:
+            for ask, answer in zip(batch, answers, strict=True):
+                _tell(ask, None if isinstance(answer, RedisError) else answer)
         if OTHER_ERA in answers and self._era is not None:
             self.close()  # a reset is on its way, or will be when the era is made
             with suppress(RedisError, OSError, TimeoutError):

@@ -40,22 +40,21 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="area", required=True).add_parser("projections")
     actions = verbs.add_subparsers(dest="verb", metavar="VERB", required=True)
     actions.add_parser("status", help="how far each read model is behind, and what is parked")
-    names = sorted(BY_NAME)
     rebuild = actions.add_parser("rebuild", help="fill read models anew, while all goes on")
-    rebuild.add_argument("read_models", nargs="*", choices=[*names, []], metavar="READ_MODEL")
+    rebuild.add_argument("read_models", nargs="*", metavar="READ_MODEL")
     rebuild.add_argument("--all", action="store_true", help="all of them")
     compare = actions.add_parser("audit", help="compare with the normalized tables")
-    compare.add_argument("read_models", nargs="*", choices=[*names, []], metavar="READ_MODEL")
+    compare.add_argument("read_models", nargs="*", metavar="READ_MODEL")
     compare.add_argument("--repair", action="store_true", help="put right what differs")
     parked = actions.add_parser("parked", help="list what waits because an event failed")
-    parked.add_argument("read_model", nargs="?", choices=names, metavar="READ_MODEL")
+    parked.add_argument("read_model", nargs="?", metavar="READ_MODEL")
     for verb, text in (
         ("retry", "apply again what is parked"),
         ("skip", "leave out the event that failed, and apply those after it"),
         ("rederive", "take the rows from the normalized tables"),
     ):
         mend = actions.add_parser(verb, help=text)
-        mend.add_argument("read_model", choices=names, metavar="READ_MODEL")
+        mend.add_argument("read_model", metavar="READ_MODEL")
         mend.add_argument("aggregate_id", metavar="AGGREGATE")
     return top
 
@@ -81,12 +80,12 @@ async def operate(settings: Settings, arguments: Sequence[str]) -> int:
 
 
 async def _run(settings: Settings, pool: Pool, asked: argparse.Namespace) -> int:
-    models = tuple(BY_NAME[name] for name in getattr(asked, "read_models", ())) or READ_MODELS
+    models = tuple(_named(name) for name in getattr(asked, "read_models", ())) or READ_MODELS
     match asked.verb:
         case "status":
             return await show_status(pool)
         case "parked":
-            return await show_parked(pool, asked.read_model)
+            return await show_parked(pool, asked.read_model and _named(asked.read_model).name)
         case "rebuild":
             if not asked.read_models and not asked.all:
                 raise OperatorError("name the read models to rebuild, or say --all")
@@ -94,8 +93,14 @@ async def _run(settings: Settings, pool: Pool, asked: argparse.Namespace) -> int
         case "audit":
             return await audit_all(settings, pool, models, is_repairing=asked.repair)
         case _:
-            model = BY_NAME[asked.read_model]
+            model = _named(asked.read_model)
             return await mend(settings, pool, asked.verb, model, asked.aggregate_id)
+
+
+def _named(name: str) -> ReadModel:
+    if name not in BY_NAME:
+        raise OperatorError(f"there is no read model {name}; there are {', '.join(BY_NAME)}")
+    return BY_NAME[name]
 
 
 async def show_status(pool: Pool) -> int:

@@ -8,7 +8,6 @@ and the supervision: when it ends, it is started again, and the projector notice
 import asyncio
 import os
 import socket
-from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -107,7 +106,9 @@ async def run_timers(redis_url: str, pool: AsyncConnectionPool[AsyncConnection[T
 
 
 async def _close(worker: Worker) -> None:
-    # arq gathers its running jobs without return_exceptions, so closing may raise what they did.
-    with suppress(Exception, asyncio.CancelledError):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await worker.close()
+    # arq gathers its running jobs without return_exceptions, so closing may raise what they did,
+    # a CancelledError among them, which is not ours.
+    closing = asyncio.create_task(worker.close())
+    await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT_S)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)

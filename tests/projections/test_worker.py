@@ -155,9 +155,13 @@ async def test_it_stops_within_five_seconds_under_load_and_loses_nothing(
     tmp_path: Path,
 ) -> None:
     trading = asyncio.create_task(shop.trade(4.0))
-    for _ in range(2):
-        with worker(postgres_url, redis_url, tmp_path / "log") as process:
-            for _ in range(60):
+    for number in range(2):
+        log = tmp_path / f"log{number}"
+        with worker(postgres_url, redis_url, log) as process:
+            while b'"projecting"' not in log.read_bytes():
+                await call(redis_client)
+                await asyncio.sleep(0.02)
+            for _ in range(30):
                 await asyncio.sleep(0.02)
                 await call(redis_client)
             began = monotonic()
