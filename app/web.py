@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, NoReturn, cast
@@ -68,8 +68,6 @@ COMMAND_CONNECTIONS: Final = len(HANDLERS) * BATCHES_IN_FLIGHT + ASKERS
 QUERY_CONNECTIONS: Final = 8
 ASK_TIMEOUT_S: Final = 1.0  # for a key or a lease, which a request waits for
 
-STOP_AGAIN_S: Final = 0.2
-STOPS_MAX: Final = 20
 DRAIN_S: Final = 1.0  # so that a proxy that asks twice a second sends nothing more
 
 log = structlog.stdlib.get_logger("waybill.web")
@@ -189,8 +187,7 @@ async def open_tools(
             open_postgres(postgres_url, application_name="waybill-queries", size=QUERY_CONNECTIONS)
         )
         redis = await enter(open_redis(redis_url))
-        read_side = await ReadSide(queries, redis).__aenter__()
-        stack.push_async_callback(_leave, read_side)
+        read_side = await enter(ReadSide(queries, redis))
         waker = Waker(redis)
         executors = {
             kind: Executor[Any](
@@ -329,16 +326,6 @@ async def _running(
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-
-
-async def _leave(read_side: ReadSide) -> None:
-    """Stop the read side; for the reason in app/wake.py its listener may have to be asked again."""
-    for _ in range(STOPS_MAX):
-        with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_AGAIN_S):
-                await read_side.__aexit__(None, None, None)
-                return
-    log.error("the read side did not stop")
 
 
 async def _not_running(_scope: Scope, _receive: Receive, _send: Send) -> None:

@@ -13,7 +13,17 @@ taken as announced. It ends when the connection breaks, at `{"reset": true}`, an
 has been ahead of the announcements for a second: a lost message, or a worker that cannot publish.
 """
 
-from asyncio import Event, Future, Task, create_task, gather, get_running_loop, sleep, timeout
+from asyncio import (
+    Event,
+    Future,
+    Task,
+    create_task,
+    current_task,
+    gather,
+    get_running_loop,
+    sleep,
+    timeout,
+)
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from time import monotonic, time
@@ -208,7 +218,7 @@ class Freshness:
         return True
 
     async def _listen_forever(self, redis: Redis) -> None:
-        while True:
+        while not _is_cancelled():
             with suppress(*PUSH_FAULTS):
                 await self._listen(redis)
             self._end_continuity()
@@ -219,7 +229,7 @@ class Freshness:
         async with redis.pubsub() as push:  # pyright: ignore[reportUnknownMemberType]
             await push.subscribe(APPLIED_CHANNEL)  # pyright: ignore[reportUnknownMemberType]
             pinged_s: float | None = None
-            while True:
+            while not _is_cancelled():
                 heard = cast("dict[str, Any] | None", await push.get_message(timeout=PING_S))
                 if heard is None:
                     if pinged_s is None:
@@ -284,7 +294,7 @@ class Freshness:
         self._caches.close()
 
     async def _poll_forever(self) -> None:
-        while True:
+        while not _is_cancelled():
             await self._until_next_poll()
             self._polled_s = monotonic()
             try:
@@ -389,3 +399,13 @@ class Freshness:
 
 
 _decode: Final = msgspec.json.Decoder(Applied).decode
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was told to stop, even if a library has swallowed that.
+
+    redis-py and asyncpg call asyncio.wait_for, which does so now and then in Python 3.11 (CPython
+    gh-86296).
+    """
+    task = current_task()
+    return task is not None and task.cancelling() > 0

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -68,6 +69,7 @@ async def operate(settings: Settings, arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     if settings.postgres_url is None:
         raise OperatorError("WAYBILL_POSTGRES_URL is not set, and no `up` runs here")
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # what it warns of is said once
     try:
         async with open_psycopg(
             settings.postgres_url, application_name="waybill-worker", size=CONNECTIONS

@@ -39,7 +39,7 @@ class Wake:
 
     async def listen(self) -> None:
         """Hear calls until cancelled, whatever becomes of Redis."""
-        while True:
+        while not _is_cancelled():
             try:
                 await self._hear()
             except REDIS_FAULTS as error:
@@ -53,7 +53,7 @@ class Wake:
         async with self._redis.pubsub() as calls:  # pyright: ignore[reportUnknownMemberType]
             await calls.subscribe(WAKE_CHANNEL)  # pyright: ignore[reportUnknownMemberType]
             is_asked = False
-            while True:
+            while not _is_cancelled():
                 message = await calls.get_message(timeout=PING_S)  # pyright: ignore[reportUnknownVariableType]
                 heard = cast("dict[str, Any] | None", message)
                 if heard is None:
@@ -67,3 +67,9 @@ class Wake:
                     # Also when the subscription was made, perhaps anew: calls may have been missed.
                     self.is_connected = True
                     self.call()
+
+
+def _is_cancelled() -> bool:
+    """As in queries/freshness.py: redis-py may have swallowed the cancellation of this task."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -2,8 +2,10 @@ from typing import get_args
 
 import pytest
 
+from commands import outbox
 from commands.events import AnyEvent, Event
 from projections.catalogue import READ_MODELS
+from projections.outbox import LANES
 from projections.read_model import EVENT_TYPES, EVENTS, ReadModel
 
 
@@ -28,3 +30,7 @@ def test_a_read_model_decides_on_every_event(model: ReadModel) -> None:
 def test_read_models_have_names_of_their_own() -> None:
     names = [model.name for model in READ_MODELS]
     assert len(set(names)) == len(names)
+
+
+def test_the_projector_knows_as_many_lanes_as_events_are_given_to() -> None:
+    assert outbox.LANES == LANES
