@@ -30,7 +30,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 3rem; border-top: 1px solid #ccd4dc;
        padding-top: 1rem }
 code, pre { font: 14px/1.45 ui-monospace, monospace; background: #f2f5f8; border-radius: 3px }
-code { padding: 0 .25em } td code { overflow-wrap: anywhere } h2 code { font-size: 1.1rem }
+code { padding: 0 .25em } h2 code { font-size: 1.1rem }
+td:last-child code { overflow-wrap: anywhere }
 pre { padding: .75rem; overflow-x: auto }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; vertical-align: top;
        padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #e3e8ed }
