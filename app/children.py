@@ -15,10 +15,10 @@ from typing import IO
 
 from msgspec import Struct
 
-# Linux, include/uapi/linux/prctl.h and sched.h.
+# Linux, include/uapi/linux/prctl.h.
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-CLONE_NEWUSER = 0x10000000
+ENTER_NAMESPACE = Path(__file__).with_name("namespace.py")
 
 POLL_S = 0.02
 
@@ -102,17 +102,15 @@ def spawn(
     user = run_as.user if run_as else None
     mapped = run_as.mapped if run_as else None
     parent = os.getpid()
+    if mapped is not None:
+        # A namespace can be entered only by a process without threads and with files to spare,
+        # which ours need not be, so a small program enters it and becomes the command.
+        numbers = (mapped.pw_uid, mapped.pw_gid, int(death_signal), parent)
+        command = [sys.executable, "-I", ENTER_NAMESPACE, *map(str, numbers), *command]
 
     def between_fork_and_exec() -> None:
         # The kernel forgets the death signal when the user changes, so the user comes first.
-        try:
-            if mapped is not None:
-                _enter_user_namespace(mapped)
-            die_with(parent, death_signal)
-        except Exception as error:
-            # The parent is told that something failed here, and not what.
-            os.write(2, f"{os.fspath(command[0])} cannot be started: {error!r}\n".encode())
-            raise
+        die_with(parent, death_signal)
 
     return subprocess.Popen(
         [os.fspath(part) for part in command],
@@ -158,20 +156,6 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of the session that `spawn` made for this process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses for zombies
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _enter_user_namespace(mapped: pwd.struct_passwd) -> None:
-    uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(CLONE_NEWUSER))
-    # user_namespaces(7): a process that gave up setgroups may map its own group.
-    for file, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{mapped.pw_uid} {uid} 1"),
-        ("gid_map", f"{mapped.pw_gid} {gid} 1"),
-    ):
-        descriptor = os.open(f"/proc/self/{file}", os.O_WRONLY)
-        os.write(descriptor, text.encode())
-        os.close(descriptor)
 
 
 def _check(result: int) -> None:
