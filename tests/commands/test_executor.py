@@ -55,7 +55,7 @@ async def test_connections_killed_at_random_lose_and_double_nothing(house: House
 
     async def client(number: int) -> None:
         nonlocal unknown
-        for turn in range(12):
+        for turn in range(40):
             key = f"{number}-{turn}"
             try:
                 answer = await house.submit(buy(ada, ("pen", 1)), key=key)
